@@ -1,0 +1,140 @@
+"""What every data module shares: seeded loaders over a training and a test split."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+
+from qexp.data.options import require_whole
+
+# Turns a source (a tensor, a path) into an image; with a generator it may augment.
+Read = Callable[[Any, torch.Generator | None], torch.Tensor]
+
+
+class Samples(Dataset):
+    """Labelled images, read one at a time from their sources.
+
+    An integer key gives the plain image, a pair (index, seed) the one augmented from that seed.
+
+    >>> Samples(torch.zeros(5, 1, 8, 8), torch.arange(5), lambda image, generator: image)[3][1]
+    tensor(3)
+    """
+
+    def __init__(self, sources: Sequence, labels: torch.Tensor, read: Read):
+        self.sources = sources
+        self.labels = labels  # (N,) int64
+        self.read = read
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        index, seed = key if isinstance(key, tuple) else (key, None)
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        return self.read(self.sources[index], generator), self.labels[index]
+
+
+class SeededOrder(Sampler):
+    """Pairs (index, seed) in a fresh random order each epoch, all drawn from one generator.
+
+    The seeds travel with the indices so that augmentation does not depend on the worker count.
+
+    >>> sorted(index for index, seed in SeededOrder(3, torch.Generator().manual_seed(0)))
+    [0, 1, 2]
+    """
+
+    def __init__(self, size: int, generator: torch.Generator):
+        self.size = size
+        self.generator = generator
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = torch.randperm(self.size, generator=self.generator)
+        seeds = torch.randint(2**62, (self.size,), generator=self.generator)
+        return iter(list(zip(order.tolist(), seeds.tolist(), strict=True)))
+
+
+class DataModule(pl.LightningDataModule):
+    """Base of the data modules: a subclass sets the two attributes and writes `load`.
+
+    Loaders give pairs of images (B, C, H, W) float32 and labels (B,) int64.
+    Raises `ValueError` for an option out of range, naming it.
+    """
+
+    num_classes: int
+    input_shape: tuple[int, int, int]  # (C, H, W)
+
+    def __init__(self, batch_size: int, calibration_size: int, seed: int, num_workers: int = 0):
+        super().__init__()
+        self.batch_size = require_whole("batch_size", batch_size, minimum=2)
+        self.calibration_size = require_whole("calibration_size", calibration_size, minimum=1)
+        self.seed = require_whole("seed", seed, minimum=0)
+        self.num_workers = require_whole("num_workers", num_workers, minimum=0)
+        self.splits: tuple[Samples, Samples] | None = None
+
+    def load(self) -> tuple[Samples, Samples]:
+        """Read the training and the test split; every data set writes its own."""
+        raise NotImplementedError
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load both splits once and check the sizes that depend on them."""
+        if self.splits is not None:
+            return
+        train, test = self.load()
+        if len(train) < 2:
+            raise ValueError(f"data: {len(train)} training images are too few, at least 2 needed")
+        if self.calibration_size > len(train):
+            raise ValueError(
+                f"data.calibration_size={self.calibration_size}: must be between 1 and "
+                f"{len(train)}, the number of training images"
+            )
+        self.splits = train, test
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled whole batches of training images; two loaders of the same seed give the same epochs."""
+        self.setup()
+        train = self.splits[0]
+        order = SeededOrder(len(train), torch.Generator().manual_seed(self.seed))
+        # A short last batch (of two digits, say) spoils the statistics of batch normalisation.
+        drop_last = len(train) >= self.batch_size
+        return self._loader(train, sampler=order, drop_last=drop_last)
+
+    def calibration_dataloader(self) -> DataLoader:
+        """Unaugmented training images, `calibration_size` of them, drawn class by class."""
+        self.setup()
+        train = self.splits[0]
+        indices = stratified_indices(train.labels, self.calibration_size, self.seed)
+        return self._loader(Subset(train, indices.tolist()))
+
+    def test_dataloader(self) -> DataLoader:
+        """All test images in their stored order."""
+        self.setup()
+        return self._loader(self.splits[1])
+
+    def _loader(self, samples: Dataset, **options: Any) -> DataLoader:
+        # A loader draws seeds for its workers, by default from torch's global generator.
+        options["generator"] = torch.Generator().manual_seed(self.seed)
+        return DataLoader(samples, self.batch_size, num_workers=self.num_workers, **options)
+
+
+def stratified_indices(labels: torch.Tensor, size: int, seed: int) -> torch.Tensor:
+    """Seeded draw without replacement whose class shares follow those of `labels`.
+
+    A smaller draw is the beginning of a larger one.
+    Shapes: (N,) -> (size,) int64.
+
+    >>> labels = torch.tensor([0, 0, 0, 0, 1, 1])
+    >>> labels[stratified_indices(labels, 3, seed=0)].sort().values
+    tensor([0, 0, 1])
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    position = torch.empty(len(labels))
+    for label in labels.unique():
+        members = (labels[order] == label).nonzero().flatten()
+        # The members of each class are spread evenly over the unit interval.
+        position[members] = (torch.arange(len(members)) + 0.5) / len(members)
+    return order[position.argsort(stable=True)[:size]]

@@ -1,0 +1,29 @@
+"""Checks of the options that the data modules take."""
+
+from pathlib import Path
+
+
+def require_whole(name: str, value: int, minimum: int) -> int:
+    """Return `value`, or raise `ValueError` unless it is a whole number of at least `minimum`.
+
+    >>> require_whole("batch_size", 0, minimum=2)
+    Traceback (most recent call last):
+    ValueError: data.batch_size=0: must be a whole number of at least 2
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"data.{name}={value!r}: must be a whole number of at least {minimum}")
+    return value
+
+
+def require_folder(root: str | Path | None, expected: str) -> Path:
+    """Return `root` as a path; `ValueError` if unset, `FileNotFoundError` if there is no folder.
+
+    >>> require_folder("/no/such", "the images")
+    Traceback (most recent call last):
+    FileNotFoundError: data.root=/no/such: no such folder; expected the images below it
+    """
+    if root is None:
+        raise ValueError(f"data.root=null: must name the folder that holds {expected}")
+    if not Path(root).is_dir():
+        raise FileNotFoundError(f"data.root={root}: no such folder; expected {expected} below it")
+    return Path(root)
