@@ -1,0 +1,166 @@
+"""What feeds what in a model, read from its exported ATen graph; names are those of `model.named_modules()`."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+
+from qexp.quant.layers import Add
+
+aten = torch.ops.aten
+CONVOLUTIONS = (aten.conv2d.default, aten.conv2d.padding)
+BATCHNORMS = (aten.batch_norm.default,)
+ADDITIONS = (aten.add.Tensor, aten.add_.Tensor)
+# Operators that an engine fuses into the layer before them or drops at inference.
+TRANSPARENT = (
+    *BATCHNORMS, aten.relu.default, aten.relu_.default, aten.hardtanh.default, aten.hardtanh_.default,
+    aten.clamp.default, aten.dropout.default,
+)  # fmt: skip
+
+
+class NotExportable(ValueError):
+    """The model has no static graph, so no engine can run it; the message is one sentence."""
+
+
+class Dataflow:
+    """The graph of one forward pass in evaluation mode. Errors: NotExportable.
+
+    >>> flow = Dataflow(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)).eval(), torch.zeros(2, 1, 4, 4))
+    >>> flow.batchnorms(), flow.macs()
+    ({'0': '1'}, {'0': 72})
+    """
+
+    def __init__(self, model: nn.Module, example: Tensor) -> None:
+        self.example = example
+        self.modules = dict(model.named_modules())
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                batch = {0: torch.export.Dim("batch")} if len(example) > 1 else None
+                self.program = torch.export.export(model, (example,), dynamic_shapes=(batch,), strict=False)
+        except Exception as error:  # torch.export raises whatever the model's own code does under tracing
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise NotExportable(f"{type(model).__name__} cannot be exported: {reason.strip()}") from error
+        self.nodes = [node for node in self.program.graph.nodes if node.op == "call_function"]
+        names = [self.layer(node) for node in self.nodes]
+        self.calls = {name: [n for n, owner in zip(self.nodes, names, strict=True) if owner == name] for name in names}
+
+    @staticmethod
+    def layer(node: fx.Node) -> str:
+        """Name of the innermost module that made this node; "" is the model itself."""
+        stack = list(node.meta.get("nn_module_stack", {}).values())
+        return stack[-1][0].split("@")[0] if stack else ""
+
+    def batchnorms(self) -> dict[str, str]:
+        """Convolution or linear layer -> the BatchNorm that alone reads it; each runs once."""
+        pairs = {}
+        for node in self.nodes:
+            if node.target in BATCHNORMS:
+                source = node.args[0]
+                if source.target in (*CONVOLUTIONS, aten.linear.default) and len(source.users) == 1:
+                    layer, norm = self.layer(source), self.layer(node)
+                    if len(self.calls[layer]) == len(self.calls[norm]) == 1:
+                        pairs[layer] = norm
+        return pairs
+
+    def convolution_branches(self) -> dict[str, list[str]]:
+        """Add -> which of its inputs "a", "b" come straight from a convolution that nothing else reads."""
+        return {
+            self.layer(node): [side for side, source in zip("ab", node.args, strict=False) if self._is_branch(source)]
+            for node in self.nodes
+            if node.target in ADDITIONS and isinstance(self.modules.get(self.layer(node)), Add)
+        }
+
+    @staticmethod
+    def _is_branch(source: fx.Node) -> bool:
+        while isinstance(source, fx.Node) and source.target in BATCHNORMS and len(source.users) == 1:
+            source = source.args[0]
+        return isinstance(source, fx.Node) and source.target in CONVOLUTIONS and len(source.users) == 1
+
+    def open_convolutions(self, quantized: set[str]) -> list[str]:
+        """Convolutions of which some reader, past fusable operators, is no layer with a quantized input."""
+        return [
+            self.layer(node)
+            for node in self.nodes
+            if node.target in CONVOLUTIONS
+            and self.layer(node) in quantized
+            and not all(self.layer(reader) in quantized for reader in self._readers(node))
+        ]
+
+    def _readers(self, node: fx.Node) -> list[fx.Node]:
+        found: list[fx.Node] = []
+        for user in node.users:
+            found += self._readers(user) if user.target in TRANSPARENT else [user]
+        return found
+
+    def functional_additions(self) -> list[str]:
+        """Additions of two computed tensors outside `Add` modules, each as "module: source line"."""
+        return [
+            f"{self.layer(node) or 'the model itself'} ({_source(node)})"
+            for node in self.nodes
+            if node.target in ADDITIONS
+            and not isinstance(self.modules.get(self.layer(node)), Add)
+            and all(isinstance(a, fx.Node) and a.op == "call_function" for a in node.args[:2])
+        ]
+
+    def macs(self) -> dict[str, int]:
+        """Multiply-accumulates of one sample in each convolution and linear layer."""
+        counts: dict[str, int] = {}
+        for node in self.nodes:
+            if node.target in (*CONVOLUTIONS, aten.linear.default):
+                # Output elements of one sample, times the inputs that each of them sums over.
+                outputs = math.prod(int(n) for n in node.meta["val"].shape[1:])
+                summed = math.prod(int(n) for n in node.args[1].meta["val"].shape[1:])
+                counts[self.layer(node)] = counts.get(self.layer(node), 0) + outputs * summed
+        return counts
+
+
+def _source(node: fx.Node) -> str:
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
+    return lines[-1] if lines else node.name
+
+
+class _AdditionTracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, Add) or super().is_leaf_module(module, name)
+
+
+def additions_to_modules(model: nn.Module, flow: Dataflow) -> tuple[nn.Module, str | None]:
+    """The model with functional additions of tensors turned into `Add` modules, and a warning where that failed.
+
+    One fx pass; a model without such additions, or that fx cannot trace, is returned as it is.
+    """
+    found = flow.functional_additions()
+    if not found:
+        return model, None
+    try:
+        traced = fx.GraphModule(model, _AdditionTracer().trace(model), type(model).__name__)
+    except Exception as error:  # fx raises whatever the model's own code does under tracing
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return model, f"additions that stay in float, because fx cannot trace the model ({why}): {'; '.join(found)}"
+    ShapeProp(traced).propagate(flow.example)
+    for number, node in enumerate([n for n in traced.graph.nodes if _adds_tensors(n)]):
+        name = f"add_{number}"
+        traced.add_submodule(name, Add())
+        with traced.graph.inserting_after(node):
+            module = traced.graph.call_module(name, tuple(node.args[:2]))
+        node.replace_all_uses_with(module)
+        traced.graph.erase_node(node)
+    traced.recompile()
+    return traced, None
+
+
+def _adds_tensors(node: fx.Node) -> bool:
+    import operator
+
+    functions = (operator.add, operator.iadd, torch.add)
+    is_add = (node.op == "call_function" and node.target in functions) or (
+        node.op == "call_method" and node.target in ("add", "add_")
+    )
+    return is_add and not node.kwargs and all(
+        isinstance(a, fx.Node) and "tensor_meta" in a.meta and a.op != "get_attr" for a in node.args[:2]
+    )

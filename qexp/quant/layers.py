@@ -1,0 +1,87 @@
+"""Quantized layers; a forward is the definition of its layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qexp.quant import onnx_form
+from qexp.quant.affine import QParams, fake_quantize, quantize
+from qexp.quant.quantizer import Mode, Quantizer
+
+class Add(nn.Module):
+    """The sum of two tensors as a module, so that a residual connection has a name and its inputs can be quantized.
+
+    >>> Add()(torch.ones(2), torch.ones(2))
+    tensor([2., 2.])
+    """
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
+
+class Int32:
+    """The grid of a bias. Accumulators add up to |code| + K 255 127, so a quarter of the range is used."""
+
+    quant_min, quant_max = -(2**29), 2**29
+
+
+class BiasQuantizer(nn.Module):
+    """int32 bias on the grid of the accumulator: S_b = S_x S_w, Z = 0 (Jacob et al. 2018, equation 11).
+
+    The bias stays in float where input or weight does.
+    """
+
+    def forward(self, bias: Tensor | None, input_quantizer: Quantizer, weight_quantizer: Quantizer) -> Tensor | None:
+        modes = {input_quantizer.mode, weight_quantizer.mode}
+        if bias is None or modes & {Mode.OFF, Mode.OBSERVE}:
+            return bias
+        if Mode.EXPORT in modes:
+            return onnx_form.dequantize(self.onnx_codes, self.onnx_scale, self.onnx_zero_point)
+        return fake_quantize(bias, self.qparams(input_quantizer, weight_quantizer), Int32)
+
+    def qparams(self, input_quantizer: Quantizer, weight_quantizer: Quantizer) -> QParams:
+        """Scale (one per output channel, or one) and zero point 0."""
+        scale = input_quantizer.qparams.scale * weight_quantizer.qparams.scale.flatten()
+        return QParams(scale, torch.zeros_like(scale))
+
+    @torch.no_grad()
+    def prepare_export(self, bias: Tensor, input_quantizer: Quantizer, weight_quantizer: Quantizer) -> None:
+        """Store what the ONNX file holds: int32 codes and their scale."""
+        qparams = self.qparams(input_quantizer, weight_quantizer)
+        self.register_buffer("onnx_codes", quantize(bias, qparams, Int32).to(torch.int32))
+        self.register_buffer("onnx_scale", qparams.scale.expand(len(bias)).clone())
+        self.register_buffer("onnx_zero_point", torch.zeros(len(bias), dtype=torch.int32))
+
+
+class QuantLinear(nn.Linear):
+    """y = Q(x) Q(W)^T + Q(b), then Q(y) where an engine needs it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias_quantizer(self.bias, self.input_quantizer, self.weight_quantizer)
+        y = F.linear(self.input_quantizer(x), self.weight_quantizer(self.weight), bias)
+        return self.output_quantizer(y)
+
+
+class QuantConv2d(nn.Conv2d):
+    """y = Q(x) * Q(W) + Q(b), then Q(y) where an engine needs it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias_quantizer(self.bias, self.input_quantizer, self.weight_quantizer)
+        y = self._conv_forward(self.input_quantizer(x), self.weight_quantizer(self.weight), bias)
+        return self.output_quantizer(y)
+
+
+class QuantAdd(Add):
+    """y = Q(a) + Q(b); an engine may want one of the two in float."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.a_quantizer(a) + self.b_quantizer(b)
+
+
+class QuantAdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
+    """y = mean of Q(x); so the layer before it ends in a quantizer, which ONNX Runtime needs to run it in int8."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.input_quantizer(x))
