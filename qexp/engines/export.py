@@ -1,0 +1,119 @@
+"""From a torch model to an ONNX file whose nodes bear the names of layers and sites.
+
+`stem.conv` is the Conv node of that layer, `stem.conv.input` the QuantizeLinear of its input, `stem.conv.weight`
+the DequantizeLinear of its int8 initializer. Coverage, parity and checks find everything by these names.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import logging
+import warnings
+from collections import Counter
+
+import onnx
+import onnxscript.optimizer
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+from qexp.quant.convert import layers, prepare_export_, quantizers
+from qexp.quant.dataflow import Dataflow, NotExportable
+from qexp.quant.onnx_form import OPSET
+from qexp.quant.quantizer import Mode
+
+INPUT, OUTPUT = "input", "output"
+
+
+def _pool_globally(model: onnx.ModelProto) -> None:
+    """Write a mean over height and width as GlobalAveragePool, for which engines have int8 kernels."""
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "ReduceMean" and len(node.input) == 2 and node.input[1] in constants:
+            keeps = all(a.i for a in node.attribute if a.name == "keepdims")
+            if keeps and {int(axis) % 4 for axis in constants[node.input[1]]} == {2, 3}:
+                replacement = onnx.helper.make_node("GlobalAveragePool", node.input[:1], node.output, node.name)
+                replacement.name = replacement.name.replace("ReduceMean", "GlobalAveragePool")
+                node.CopyFrom(replacement)
+
+
+def export_float(flow: Dataflow) -> onnx.ModelProto:
+    """The float model as ONNX, BatchNorm included (each engine folds it in its own way)."""
+    return _named(_export(flow.program, ()))
+
+
+def export_quantized(model: nn.Module, flow: Dataflow) -> onnx.ModelProto:
+    """The calibrated model as ONNX QDQ: int8 weights, int32 biases, one QuantizeLinear for each active site.
+
+    Each site stands in it for itself; `place` makes of it what one engine gets.
+
+    Errors: NotExportable when a scale has no ONNX form; RuntimeError when a site or layer is missing in the graph.
+    """
+    prepared = copy.deepcopy(model).eval()
+    sites = {q.site for q in quantizers(prepared) if q.mode is Mode.QUANTIZE}
+    weights = {q.site for q in quantizers(prepared) if q.mode is Mode.QUANTIZE and q.shape}
+    try:
+        prepare_export_(prepared)
+    except ValueError as error:
+        raise NotExportable(str(error)) from None
+    graph = _named(_export(prepared, (flow.example,)))
+    _check(graph, sites - weights, weights, {name for name, layer in layers(prepared) if hasattr(layer, "weight")})
+    return graph
+
+
+def _export(model, args: tuple) -> onnx.ModelProto:
+    dynamic = ({0: torch.export.Dim("batch")},) if args and len(args[0]) > 1 else None
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                model, args, dynamo=True, opset_version=OPSET, dynamic_shapes=dynamic, verbose=False,
+                input_names=[INPUT], output_names=[OUTPUT], optimize=False,
+            )  # fmt: skip
+            # Constants only: merging nodes would lose which sites they stood for.
+            onnxscript.optimizer.fold_constants(program.model)
+            onnxscript.optimizer.remove_unused_nodes(program.model)
+    finally:
+        logger.setLevel(level)
+    return program.model_proto
+
+
+def _named(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Name nodes after the modules that made them, and drop what the exporter noted of this machine's files."""
+    seen: Counter[str] = Counter()
+    for node in model.graph.node:
+        scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
+        modules = [scope for scope in ast.literal_eval(scopes)[:-1] if scope]
+        name = modules[-1].split("@")[0].replace("_quantizer", "") if modules else node.name
+        if node.op_type in ("Conv", "Gemm", "MatMul", "Add", "QuantizeLinear", "DequantizeLinear", "Clip"):
+            # The layer or site itself keeps the plain name; what follows it is told apart.
+            name = {"Clip": f"{name}/clip"}.get(node.op_type, name)
+            if node.op_type == "DequantizeLinear" and seen[name]:
+                name = f"{name}/dequantize"
+        else:
+            name = f"{name}/{node.op_type}"
+        seen[name] += 1
+        node.name = name if seen[name] == 1 else f"{name}#{seen[name]}"
+        del node.metadata_props[:]
+        node.doc_string = ""
+    _pool_globally(model)
+    del model.graph.metadata_props[:]
+    del model.metadata_props[:]
+    for info in (*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer):
+        del info.metadata_props[:]
+    return model
+
+
+def _check(model: onnx.ModelProto, activations: set[str], weights: set[str], computing: set[str]) -> None:
+    """Raise RuntimeError unless the graph holds each site and layer: an exporter may drop them without a word."""
+    nodes = {node.name: node for node in model.graph.node}
+    initializers = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    wrong = [s for s in activations if s not in nodes or nodes[s].op_type != "QuantizeLinear"]
+    wrong += [s for s in weights if s not in nodes or initializers.get(nodes[s].input[0]) != onnx.TensorProto.INT8]
+    wrong += [s for s in computing if s not in nodes]
+    if wrong:
+        raise RuntimeError(f"the exported graph lacks {', '.join(sorted(wrong))}")

@@ -1,0 +1,70 @@
+"""ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from qexp.quant.dataflow import Dataflow
+
+# Operators whose kernels multiply or add integers; QDQ pairs that found no such kernel remain float operators.
+INT8_OPERATORS = {
+    "QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat",
+    "DynamicQuantizeMatMul", "QLinearAdd", "QLinearGlobalAveragePool", "QLinearAveragePool",
+}  # fmt: skip
+
+
+class OnnxRuntime:
+    """ONNX Runtime wants every input and the output of a convolution quantized, residual additions included."""
+
+    name = "onnxruntime"
+
+    def version(self) -> str:
+        return ort.__version__
+
+    def float_sites(self, flow: Dataflow, sites: set[str]) -> set[str]:
+        return set()
+
+    def session(
+        self, model: onnx.ModelProto, shape: tuple[int, ...], threads: int, traced: bool = False
+    ) -> OnnxRuntimeSession:
+        return OnnxRuntimeSession(model, shape, threads, traced)
+
+
+class OnnxRuntimeSession:
+    """One InferenceSession with all graph optimizations."""
+
+    def __init__(self, model: onnx.ModelProto, shape: tuple[int, ...], threads: int, traced: bool) -> None:
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        for symbol in {d.dim_param for d in model.graph.input[0].type.tensor_type.shape.dim if d.dim_param}:
+            # A known batch size folds the arithmetic on shapes away.
+            options.add_free_dimension_override_by_name(symbol, shape[0])
+        self._optimized: onnx.ModelProto | None = None
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "optimized.onnx"
+            if traced:
+                options.optimized_model_filepath = str(path)
+            self._session = ort.InferenceSession(
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+            if traced:
+                self._optimized = onnx.load(path)
+        self._input = self._session.get_inputs()[0].name
+
+    def run(self, batch: np.ndarray) -> list[np.ndarray]:
+        return self._session.run(None, {self._input: batch})
+
+    def layers(self) -> dict[str, str]:
+        found = {}
+        for node in self._optimized.graph.node:
+            kind = f"{node.op_type} int8" if node.op_type in INT8_OPERATORS else node.op_type
+            found[node.name.split("_token_")[0]] = kind
+        return found
