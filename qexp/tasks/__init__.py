@@ -1,0 +1,1 @@
+"""Lightning modules: each method of quantization is one."""
