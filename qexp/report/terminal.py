@@ -1,0 +1,135 @@
+"""Tables and progress on the terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+console = Console(stderr=True, highlight=False)
+output = Console(highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def stage(what: str) -> Iterator[None]:
+    """Say what is being done, and how long it took when it is done."""
+    start = time.perf_counter()
+    with console.status(what):
+        yield
+    console.print(f"[dim]{time.perf_counter() - start:6.1f} s[/dim]  {what}")
+
+
+def _share(value: Any) -> str:
+    return "" if value is None else f"{100 * value:.2f} %"
+
+
+def _number(value: Any, form: str, unit: str = "") -> str:
+    return "" if value is None else f"{value:{form}}{unit}"
+
+
+def run_table(metrics: dict[str, Any], engines: list[str], title: str) -> Table:
+    """One run: a row a figure, a column an engine, the winner first."""
+    engines = sorted(engines, key=lambda name: name != metrics.get("engine/winner"))
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("")
+    if not engines:
+        table.add_column("simulation", justify="right")
+    for name in engines:
+        table.add_column(f"{name} *" if name == metrics.get("engine/winner") else name, justify="right")
+    columns = [f"{name}/" for name in engines] or [""]
+
+    def row(label: str, cell) -> None:
+        cells = [cell(lambda key, prefix=prefix: metrics.get(prefix + key)) for prefix in columns]
+        if any(cells):
+            table.add_row(label, *cells)
+
+    row("accuracy, fp32", lambda get: _share(metrics.get("acc/fp32")))
+    row("accuracy, simulated", lambda get: _share(get("acc/sim")))
+    row("accuracy, int8 engine", lambda get: _share(get("acc/engine")))
+    row("drop, points", lambda get: _number(get("acc/drop") and 100 * get("acc/drop"), ".2f"))
+    row("decided as fp32 does", lambda get: _share(get("agree/argmax")))
+    row("SQNR of the logits", lambda get: _number(get("sqnr/output_db"), ".1f", " dB"))
+    row("codes equal to the simulation", lambda get: _number(_percent(get("parity/identical")), ".4f", " %"))
+    row("largest step, decisions flipped", _parity_cell)
+    row("multiply-accumulates in int8", lambda get: _share(get("int8/mac_coverage")))
+    row("layers in float", lambda get: get("int8/island_names") or _number(get("int8/islands"), "d"))
+    row("latency fp32 -> int8", _latency_cell)
+    row("speed-up, 95 % interval", _speedup_cell)
+    row("over the best fp32", lambda get: _number(get("latency/speedup_over_best_fp32"), ".2f", "x"))
+    row("size fp32 -> int8", _size_cell)
+    return table
+
+
+def _percent(value: float | None) -> float | None:
+    return None if value is None else 100 * value
+
+
+def _parity_cell(get) -> str:
+    step = get("parity/max_step")
+    return "" if step is None else f"{step}, {get('parity/argmax_flips')}"
+
+
+def _latency_cell(get) -> str:
+    fp32, int8 = get("latency/fp32_ms"), get("latency/int8_ms")
+    if fp32 is None:
+        return ""
+    return f"{fp32:.4g} ms" if int8 is None else f"{fp32:.4g} -> {int8:.4g} ms"
+
+
+def _speedup_cell(get) -> str:
+    if get("latency/speedup") is None:
+        return ""
+    return f"{get('latency/speedup'):.2f}x [{get('latency/speedup_lo'):.2f}, {get('latency/speedup_hi'):.2f}]"
+
+
+def _size_cell(get) -> str:
+    fp32, int8 = get("size/fp32_bytes"), get("size/int8_bytes")
+    return "" if fp32 is None or int8 is None else f"{fp32 / 1024:.0f} -> {int8 / 1024:.0f} KiB"
+
+
+def float_layers(rows: list[tuple[str, str, str]]) -> None:
+    """Say which layers were not quantized and why."""
+    for name, kind, reason in rows:
+        output.print(f"in float: {name} ({kind}): {reason}")
+
+
+def sweep_table(rows: list[dict[str, Any]]) -> Table:
+    """Several runs, one a row; columns are the overrides that vary and the figures that matter most."""
+    varied = list(dict.fromkeys(key for row in rows for key in row["choice"]))
+    table = Table(title=f"{len(rows)} runs", title_justify="left", title_style="bold")
+    for key in varied:
+        table.add_column(key)
+    for heading in "fp32", "int8", "drop", "SQNR", "codes equal", "in int8", "speed-up", "run":
+        table.add_column(heading, justify="left" if heading == "run" else "right")
+    for row in rows:
+        table.add_row(*[str(row["choice"].get(key, "")) for key in varied], *_sweep_cells(row))
+    return table
+
+
+def _sweep_cells(row: dict[str, Any]) -> list[str]:
+    metrics = row["metrics"]
+    if metrics is None:
+        return [*[""] * 7, "[red]failed[/red]"]
+    accuracy = metrics.get("acc/engine", metrics.get("acc/sim"))
+    return [
+        _share(metrics.get("acc/fp32")),
+        _share(accuracy),
+        _number(_percent(metrics.get("acc/drop")), ".2f"),
+        _number(metrics.get("sqnr/output_db"), ".1f", " dB"),
+        _number(_percent(metrics.get("parity/identical")), ".3f", " %"),
+        _number(_percent(metrics.get("int8/mac_coverage")), ".0f", " %"),
+        _number(metrics.get("latency/speedup"), ".2f", "x"),
+        row["run_id"],
+    ]
+
+
+def where(run_folder: Path, logger_where: str) -> None:
+    """The one line that says where to look."""
+    look = f"; look at it with: {logger_where}" if logger_where.startswith("wandb leet") else ""
+    look = look or (f"; {logger_where}" if logger_where else "")
+    output.print(f"results in {run_folder}{look}")

@@ -1,0 +1,246 @@
+"""One run, from validated settings to a folder of results: read it from top to bottom."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from qexp import prepare, record
+from qexp.engines.base import Engine
+from qexp.engines.deploy import certify_deployment, deploy, measure, simulation_for
+from qexp.engines.export import export_float, export_quantized
+from qexp.engines.saturation import saturates
+from qexp.metrics.sites import measuring_sites
+from qexp.metrics.sqnr import QuantizationNoise, sqnr_db
+from qexp.quant.convert import calibrating, fold_batchnorm_, layers, quantize_, unquantized
+from qexp.quant.dataflow import Dataflow, NotExportable, additions_to_modules
+from qexp.report import terminal
+from qexp.settings import ConfigError, Settings, build
+from qexp.store import replacing, run_id, writable
+from qexp.tasks.ptq import PTQTask
+from qexp.tracking import RunInfo
+
+
+@dataclass
+class Run:
+    """Everything one run knows; what it leaves in memory, so that a test can look inside."""
+
+    settings: Settings
+    data: pl.LightningDataModule
+    net: nn.Module
+    flow: Dataflow
+    reference: Tensor  # logits of the float network on the test set
+    metrics: dict[str, Any] = field(default_factory=dict)
+    graphs: dict[str, onnx.ModelProto] = field(default_factory=dict)  # "fp32", and engine -> its int8 graph
+    quantized: nn.Module | None = None
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    in_float: list[tuple[str, str, str]] = field(default_factory=list)
+    folder: Path = Path()
+
+    @property
+    def engine(self) -> dict[str, Any]:
+        """The engine section of the config."""
+        return self.settings.config["engine"]
+
+    def engines(self) -> list[Engine]:
+        """The engines of the config."""
+        return [build(section, f"engine.engines.{name}") for name, section in self.engine["engines"].items()]
+
+
+def run(settings: Settings) -> Run:
+    """Run one experiment and leave outputs/runs/<run_id>.
+
+    Errors: ConfigError, StoreError and ValueError, each one sentence.
+    """
+    start = time.perf_counter()
+    config, identity = settings.config, run_id(settings.config)
+    outputs = writable(Path(config["paths"]["outputs"]))
+    told = {**config, "machine": record.environment()}
+    info = RunInfo(identity, settings.label, settings.method, told, outputs)
+    with build(config["logger"], "logger").open(info) as logger:
+        torch.set_num_threads(config["trainer"]["threads"])
+        pl.seed_everything(settings.seed, workers=True, verbose=False)
+        job = _float_network(settings, outputs, logger)
+        by_engine = _post_training(job) if settings.method == "ptq" else _float_only(job)
+        job.metrics |= {"status": "finished", "time/total_s": time.perf_counter() - start}
+        job.folder = outputs / "runs" / identity
+        _write(job, logger)
+    terminal.float_layers(job.in_float)
+    terminal.output.print(terminal.run_table(job.metrics, list(by_engine), settings.label))
+    terminal.where(job.folder, logger.where)
+    return job
+
+
+def _float_network(settings: Settings, outputs: Path, logger: Any) -> Run:
+    """Data, and the float network trained (or from the cache), evaluated and traced."""
+    with terminal.stage("data and network"):
+        data = prepare.data_module(settings.config)
+        net = prepare.network(settings.config, data)
+    cache = prepare.float_cache(settings, net, data, outputs)
+    prepare.train_(net, settings, data, cache, logger.lightning)
+    example = prepare.example_images(data)
+    try:
+        flow = Dataflow(net, example)
+        ready, warning = additions_to_modules(net, flow)
+        if ready is not net:
+            net, flow = ready, Dataflow(ready, example)
+    except NotExportable as error:
+        raise ConfigError(f"model: {error}") from None
+    if warning:
+        terminal.output.print(f"warning: {warning}")
+    with terminal.stage("evaluating the float network"):
+        task = _test(settings, data, net)
+    graphs = {}
+    if settings.config["engine"]["engines"]:
+        with terminal.stage("exporting the float network to ONNX"):
+            graphs["fp32"] = export_float(flow)
+    return Run(settings, data, net, flow, task.logits, {"acc/fp32": _accuracy(task)}, graphs)
+
+
+def _float_only(job: Run) -> dict[str, dict[str, Any]]:
+    """Latency of the float network in each engine."""
+    engines = job.engines()
+    if not engines:
+        return {}
+    by_engine: dict[str, dict[str, Any]] = {}
+    winner = _measure(job, engines, by_engine)
+    for figures in by_engine.values():
+        figures["size/fp32_bytes"] = job.graphs["fp32"].ByteSize()
+    record.with_winner(job.metrics, by_engine, winner)
+    return by_engine
+
+
+def _post_training(job: Run) -> dict[str, dict[str, Any]]:
+    """Quantize, then simulate, deploy, certify and time on each engine."""
+    _quantize(job)
+    return _deploy_all(job)
+
+
+def _quantize(job: Run) -> None:
+    """Fold, swap, calibrate: the simulation with all its quantizers."""
+    settings, recipe = job.settings, job.settings.recipe
+    model = copy.deepcopy(job.net)
+    fold_batchnorm_(model, job.flow)
+    try:
+        probe = copy.deepcopy(model)
+        quantize_(probe, recipe)
+        outputs = job.flow.open_convolutions({name for name, _ in layers(probe)})
+        quantize_(model, recipe, tuple(outputs))
+    except ValueError as error:
+        text = str(error)
+        raise ConfigError(f"quantizer.{text}" if text.startswith("exclude") else f"quantizer: {text}") from None
+    start = time.perf_counter()
+    with terminal.stage("calibrating"), calibrating(model):
+        loader = prepare.calibration_loader(job.data, settings.seed)
+        prepare.trainer(settings.config).validate(PTQTask(model, job.data.num_classes), loader, verbose=False)
+    job.metrics["time/calibrate_s"] = time.perf_counter() - start
+    job.quantized, job.in_float = model, unquantized(model, recipe)
+
+
+def _deploy_all(job: Run) -> dict[str, dict[str, Any]]:
+    """Simulate and, for each engine, deploy and certify; returns engine -> figures."""
+    engines, graph = job.engines(), None
+    if engines:
+        with terminal.stage("exporting the int8 network to ONNX"):
+            try:
+                graph = export_quantized(job.quantized, job.flow)
+            except NotExportable as error:
+                job.metrics["engine/refused"] = str(error)
+                terminal.output.print(f"simulation only: {error}")
+    if graph is None:
+        figures, noise = _simulate(job, job.quantized)
+        job.metrics |= figures
+        job.rows = record.layer_rows(job.quantized, noise, job.flow.macs(), None)
+        return {}
+    by_engine, rows = {}, {}
+    for engine in engines:
+        by_engine[engine.name], rows[engine.name] = _deploy(job, engine, graph)
+    winner = _measure(job, engines, by_engine)
+    job.rows = rows[winner]
+    record.with_winner(job.metrics, by_engine, winner)
+    return by_engine
+
+
+def _deploy(job: Run, engine: Engine, graph: onnx.ModelProto) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """One engine's figures and rows of the table of layers."""
+    threads = job.engine["threads"]
+    with terminal.stage(f"{engine.name}: simulation, int8 run, certificate"):
+        simulation = simulation_for(engine, job.quantized, job.flow)
+        figures, noise = _simulate(job, simulation)
+        deployment = deploy(engine, graph, simulation, job.flow, threads)
+        logits = certify_deployment(deployment, job.data.test_dataloader(), threads)
+        figures |= record.deployment_metrics(deployment, job.net)
+        figures["acc/drop"] = job.metrics["acc/fp32"] - figures["acc/engine"]
+        figures["agree/argmax"] = _agreement(torch.from_numpy(logits), job.reference)
+        figures["int8/saturates"] = saturates(engine)
+        figures["size/int8_bytes"] = deployment.artefact.model.ByteSize()
+        figures["size/fp32_bytes"] = job.graphs["fp32"].ByteSize()
+        job.graphs[engine.name] = deployment.artefact.model
+    return figures, record.layer_rows(simulation, noise, job.flow.macs(), deployment)
+
+
+def _simulate(job: Run, model: nn.Module) -> tuple[dict[str, Any], dict[str, QuantizationNoise]]:
+    """Test pass of a simulation: its figures, and the noise of each site."""
+    with measuring_sites(model) as noise:
+        task = _test(job.settings, job.data, model)
+    signal, error = job.reference.double(), job.reference.double() - task.logits.double()
+    accuracy = _accuracy(task)
+    figures = {
+        "acc/sim": accuracy,
+        "acc/drop": job.metrics["acc/fp32"] - accuracy,
+        "agree/argmax": _agreement(task.logits, job.reference),
+        "sqnr/output_db": sqnr_db(signal.square().sum(), error.square().sum()),
+    }
+    return figures, noise
+
+
+def _measure(job: Run, engines: list[Engine], by_engine: dict[str, dict[str, Any]]) -> str:
+    """Latency of all engines, interleaved; returns the name of the one that is fastest in int8."""
+    section = job.engine
+    images = next(iter(job.data.test_dataloader()))[0]
+    images = images.repeat(-(-section["batch_size"] // len(images)), *[1] * (images.dim() - 1))
+    batch = images[: section["batch_size"]].contiguous()
+    with terminal.stage(f"latency, batch {len(batch)}, {section['threads']} thread(s), interleaved"):
+        timings = measure(engines, job.graphs, job.net, batch, section["seconds"], section["threads"])
+    for engine in engines:
+        by_engine.setdefault(engine.name, {}).update(record.latency_metrics(timings, engine.name))
+    kind = "int8" if "int8" in timings.names[2] else "fp32"
+    return min(by_engine, key=lambda name: by_engine[name][f"latency/{kind}_ms"])
+
+
+def _test(settings: Settings, data: pl.LightningDataModule, net: nn.Module) -> PTQTask:
+    task = PTQTask(net, data.num_classes)
+    prepare.trainer(settings.config).test(task, data.test_dataloader(), verbose=False)
+    return task
+
+
+def _accuracy(task: PTQTask) -> float:
+    """The metric is float32; a share of n samples is a whole number of n-ths."""
+    samples = len(task.logits)
+    return round(float(task.trainer.callback_metrics["acc"]) * samples) / samples
+
+
+def _agreement(logits: Tensor, reference: Tensor) -> float:
+    return float((logits.argmax(1) == reference.argmax(1)).double().mean())
+
+
+def _write(job: Run, logger: Any) -> None:
+    """The folder of the run, whole or not at all; then the logger."""
+    with replacing(job.folder) as folder:
+        for name, graph in job.graphs.items():
+            winner = name == job.metrics.get("engine/winner")
+            onnx.save(graph, folder / ("model_int8.onnx" if winner else f"model_{name}.onnx"))
+        record.write(folder, job.settings.config, job.metrics, job.rows, job.in_float)
+    logger.metrics(job.metrics)
+    columns = list(record.LAYER_COLUMNS)
+    logger.table("layers", columns, [[row.get(column) for column in columns] for row in job.rows])
+    for path in sorted(job.folder.glob("*.onnx")):
+        logger.file(path)

@@ -1,0 +1,174 @@
+"""A composed config, checked and turned into values before any compute. Importing this file needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from qexp.quant.recipe import Recipe, Scheme
+
+
+class ConfigError(Exception):
+    """Something the user asked for cannot be; the message is one sentence that names the key."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run, validated; `config` is the resolved config as plain values."""
+
+    config: dict[str, Any]
+    method: str
+    recipe: Recipe
+    seed: int
+
+    @property
+    def label(self) -> str:
+        """Short display name: what tells this run from its siblings."""
+        recipe, choice = self.recipe, _last_name(self.config["model"]["_target_"])
+        bits = f"W{recipe.weight.grid.bits}A{recipe.activation.grid.bits}"
+        if self.method == "fp32":
+            return f"{choice} fp32 s{self.seed}"
+        return f"{choice} {bits} {recipe.weight.granularity} {recipe.activation.calibration} s{self.seed}"
+
+
+# Every section with the keys it may hold; None: the keys are those of its _target_.
+SECTIONS: dict[str, tuple[str, ...] | None] = {
+    "method": ("name",),
+    "quantizer": ("weight", "activation", "exclude"),
+    "granularity": ("weight", "activation"),
+    "calibration": ("weight", "activation"),
+    "finetune": ("name",),
+    "model": None,
+    "data": None,
+    "engine": ("engines", "threads", "batch_size", "seconds"),
+    "trainer": ("epochs", "lr", "weight_decay", "accelerator", "threads"),
+    "logger": None,
+    "paths": ("outputs",),
+    "seed": (),
+    "progress": (),
+}
+CHOICES = {
+    "method.name": ("fp32", "ptq"),
+    "finetune.name": ("none",),
+    "trainer.accelerator": ("cpu", "gpu", "auto"),
+    "progress": ("auto", True, False),
+}
+# key -> (type, smallest allowed value, whether that value itself is allowed)
+NUMBERS = {
+    "seed": (int, 0, True),
+    "engine.threads": (int, 1, True),
+    "engine.batch_size": (int, 1, True),
+    "engine.seconds": (float, 0, False),
+    "trainer.epochs": (int, 1, True),
+    "trainer.lr": (float, 0, False),
+    "trainer.weight_decay": (float, 0, True),
+    "trainer.threads": (int, 1, True),
+}
+
+
+def settings(config: DictConfig) -> Settings:
+    """Check a composed config. Errors: ConfigError, one sentence."""
+    try:
+        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{str(error).split(':')[-1].strip()}: a value must be given") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0]) from None
+    _check_keys(plain)
+    for key, allowed in CHOICES.items():
+        _check_choice(plain, key, allowed)
+    for key, bounds in NUMBERS.items():
+        _check_number(plain, key, *bounds)
+    if not isinstance(plain["paths"]["outputs"], str) or not plain["paths"]["outputs"]:
+        raise ConfigError(f"paths.outputs={plain['paths']['outputs']!r}: must be the path of a folder")
+    return Settings(plain, plain["method"]["name"], _recipe(plain), plain["seed"])
+
+
+def build(section: dict[str, Any], key: str, **more: Any) -> Any:
+    """Make the object that a section describes by `_target_`. Errors: ConfigError naming the key."""
+    if not isinstance(section, dict) or not isinstance(section.get("_target_"), str):
+        raise ConfigError(f"{key}: must hold a _target_, the import path of a class, but is {section!r}")
+    try:
+        return instantiate(section, **more, _convert_="all")
+    except InstantiationException as error:
+        raise ConfigError(_reason(error, section, key)) from error
+
+
+def _reason(error: InstantiationException, section: dict[str, Any], key: str) -> str:
+    cause = error.__cause__
+    text = str(cause if cause is not None else error).splitlines()[0]
+    if isinstance(cause, TypeError) and "unexpected keyword argument" in text:
+        option = text.split("'")[1]
+        return f"{key}.{option}={section.get(option)!r}: {section['_target_']} has no such option"
+    if isinstance(cause, (ValueError, OSError)):
+        return text if text.startswith(f"{key}.") else f"{key}.{text}"
+    return f"{key}: {section['_target_']} cannot be made ({text})"
+
+
+def _recipe(plain: dict[str, Any]) -> Recipe:
+    schemes = {
+        tensor: Scheme(
+            build(plain["quantizer"][tensor], f"quantizer.{tensor}"),
+            build(plain["granularity"][tensor], f"granularity.{tensor}"),
+            build(plain["calibration"][tensor], f"calibration.{tensor}"),
+        )
+        for tensor in ("weight", "activation")
+    }
+    exclude = plain["quantizer"]["exclude"]
+    if not isinstance(exclude, list) or not all(isinstance(name, str) for name in exclude):
+        raise ConfigError(f"quantizer.exclude={exclude!r}: must be a list of layer names or patterns")
+    try:
+        return Recipe(**schemes, exclude=tuple(exclude))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _check_keys(plain: dict[str, Any]) -> None:
+    for key, value in plain.items():
+        if key not in SECTIONS:
+            raise ConfigError(f"{key}={value!r}: no such key; allowed are {', '.join(SECTIONS)}")
+        allowed = SECTIONS[key]
+        if allowed == ():
+            continue
+        if not isinstance(value, dict):
+            raise ConfigError(f"{key}={value!r}: no such option")
+        unknown = [name for name in value if allowed is not None and name not in allowed]
+        if unknown:
+            raise ConfigError(f"{key}.{unknown[0]}: no such key; allowed are {', '.join(allowed)}")
+    for key in SECTIONS:
+        if key not in plain:
+            raise ConfigError(f"{key}: is missing from the config")
+
+
+def _lookup(plain: dict[str, Any], key: str) -> Any:
+    value: Any = plain
+    for name in key.split("."):
+        if name not in value:
+            raise ConfigError(f"{key}: is missing from the config")
+        value = value[name]
+    return value
+
+
+def _check_choice(plain: dict[str, Any], key: str, allowed: tuple) -> None:
+    value = _lookup(plain, key)
+    if not any(value is option or (isinstance(option, str) and value == option) for option in allowed):
+        raise ConfigError(f"{key}={value!r}: allowed are {', '.join(map(str, allowed))}")
+
+
+def _check_number(plain: dict[str, Any], key: str, kind: type, least: float, including: bool) -> None:
+    value = _lookup(plain, key)
+    fits = isinstance(value, (int, kind)) and not isinstance(value, bool) and value - value == 0
+    if not fits or value < least or (value == least and not including):
+        noun = "an integer" if kind is int else "a number"
+        raise ConfigError(f"{key}={value!r}: must be {noun} {'of at least' if including else 'above'} {least}")
+
+
+def _last_name(target: str) -> str:
+    return target.rpartition(".")[2]
+
+

@@ -1,0 +1,220 @@
+"""Where a run's record goes besides its folder: W&B, a CSV file, nowhere. The names of all metrics stand here."""
+
+from __future__ import annotations
+
+import netrc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlparse
+
+# Every metric a run writes, in metrics.json and in W&B alike; accuracy is a share, latency milliseconds, sizes bytes.
+METRICS = {
+    "acc/fp32": "accuracy of the float network",
+    "acc/sim": "accuracy of the simulation",
+    "acc/engine": "accuracy of the engine that runs in int8",
+    "acc/drop": "acc/fp32 minus acc/engine, or minus acc/sim where no engine ran",
+    "agree/argmax": "share of samples decided as the float network does",
+    "sqnr/output_db": "SQNR of the simulated logits against the float ones",
+    "parity/identical": "share of activation codes equal in simulation and engine",
+    "parity/off_by_one": "share of codes one step apart",
+    "parity/larger": "share of codes further apart",
+    "parity/max_step": "largest distance of two codes",
+    "parity/codes": "number of codes compared",
+    "parity/argmax_flips": "samples that engine and simulation decide differently",
+    "parity/faithful": "whether the graph that shows its codes equals the timed one to the bit",
+    "int8/mac_coverage": "share of multiply-accumulates that the engine runs in int8",
+    "int8/islands": "number of layers that the engine runs in float",
+    "int8/island_names": "those layers",
+    "int8/saturates": "whether the engine's int8 sums saturate in 16 bits on this CPU",
+    "latency/fp32_ms": "median time of one call of the same engine in fp32",
+    "latency/int8_ms": "median time of one call in int8",
+    "latency/speedup": "fp32 over int8",
+    "latency/speedup_lo": "lower end of its 95 % bootstrap interval",
+    "latency/speedup_hi": "upper end",
+    "latency/aa_lo": "the same interval for fp32 against itself: what noise alone does",
+    "latency/aa_hi": "upper end",
+    "latency/best_fp32_ms": "the fastest fp32 of all engines and torch",
+    "latency/best_fp32_engine": "whose it is",
+    "latency/speedup_over_best_fp32": "that over int8",
+    "latency/speedup_over_best_fp32_lo": "lower end of its 95 % bootstrap interval",
+    "latency/speedup_over_best_fp32_hi": "upper end",
+    "size/fp32_bytes": "size of model_fp32.onnx",
+    "size/int8_bytes": "size of model_int8.onnx",
+    "time/calibrate_s": "calibration",
+    "time/total_s": "the whole run",
+    "engine/winner": "the engine with the lowest int8 latency, whose figures the plain names are",
+    "engine/refused": "engines that could not run this model, and why",
+    "status": "finished, or there is no file",
+}
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a logger is told when a run starts."""
+
+    run_id: str
+    name: str
+    job_type: str
+    config: dict[str, Any]
+    outputs: Path
+
+
+class Logger(Protocol):
+    """Takes the record of a run."""
+
+    where: str
+    lightning: Any  # what pl.Trainer gets as its logger while the float network trains
+
+    def metrics(self, values: dict[str, Any]) -> None: ...
+
+    def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None: ...
+
+    def file(self, path: Path) -> None: ...
+
+
+class NoLogger:
+    """Keeps nothing: the folder of the run is the record."""
+
+    where = ""
+    lightning: Any = False
+
+    def __init__(self, group: str | None = None) -> None:
+        self.group = group
+
+    @contextmanager
+    def open(self, info: RunInfo) -> Iterator[Logger]:
+        """Yield the logger for the time of one run."""
+        yield self
+
+    def metrics(self, values: dict[str, Any]) -> None:
+        """Record the final metrics."""
+
+    def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        """Record a table."""
+
+    def file(self, path: Path) -> None:
+        """Record a file."""
+
+
+class Csv(NoLogger):
+    """outputs/csv/<run_id>/metrics.csv, as Lightning's CSVLogger writes it."""
+
+    @contextmanager
+    def open(self, info: RunInfo) -> Iterator[Logger]:
+        from pytorch_lightning.loggers import CSVLogger
+
+        folder = info.outputs / "csv" / info.run_id
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob("metrics.csv"):
+            old.unlink()
+        self.lightning = CSVLogger(folder.parent, name=None, version=info.run_id)
+        self.where = f"{folder / 'metrics.csv'}"
+        yield self
+        self.lightning.save()
+
+    def metrics(self, values: dict[str, Any]) -> None:
+        numbers = {k: v for k, v in values.items() if isinstance(v, (int, float))}
+        self.lightning.log_metrics(numbers)
+
+
+@dataclass
+class Wandb(NoLogger):
+    """One W&B run per experiment, with the id of the run, so that a repeated run stays one run.
+
+    Errors: ValueError for an unknown mode, or for online without a key.
+    """
+
+    project: str = "qexp"
+    mode: str = "auto"
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+    artifacts: bool = False
+    host_stats: bool = False
+    console: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("auto", "online", "offline"):
+            raise ValueError(f"mode={self.mode!r}: allowed are auto, online, offline")
+
+    @contextmanager
+    def open(self, info: RunInfo) -> Iterator[Logger]:
+        """Start the W&B run and finish it with the exit code of the block, whatever ends it."""
+        folder = info.outputs.resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        for variable, name in ("WANDB_DATA_DIR", "wandb/data"), ("WANDB_CACHE_DIR", "wandb/cache"):
+            os.environ[variable] = str(folder / name)  # otherwise staged files stay in the home directory
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        import wandb
+        from pytorch_lightning.loggers import WandbLogger
+
+        online = self._online(wandb)
+        run = wandb.init(
+            project=self.project, id=info.run_id, name=info.name, dir=str(folder), resume="allow",
+            mode="online" if online else "offline", group=self.group, job_type=info.job_type,
+            tags=list(self.tags), config=info.config, settings=self._settings(wandb), reinit="finish_previous",
+        )  # fmt: skip
+        self.lightning = WandbLogger(experiment=run)
+        self._artifact_name = f"{info.job_type}-{info.run_id}"
+        for name in METRICS:
+            run.define_metric(name, summary="last")
+        self.where = run.url if online else f"wandb leet {info.outputs / 'wandb'}"
+        code = 1
+        try:
+            yield self
+            code = 0
+        finally:
+            run.finish(exit_code=code)
+
+    def _online(self, wandb) -> bool:
+        if self.mode == "offline" or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+            return False
+        known = _has_key(wandb)
+        if self.mode == "online" and not known:
+            raise ValueError("logger.mode=online: no W&B key is configured; run `wandb login` or set WANDB_API_KEY")
+        return known
+
+    def _settings(self, wandb):
+        # A killed run loses what was not flushed: the default waits 15 seconds, longer than many runs here take.
+        return wandb.Settings(
+            silent=True,
+            console="auto" if self.console else "off",
+            x_disable_stats=not self.host_stats,
+            x_disable_machine_info=not self.host_stats,
+            x_transaction_log_flush_interval=0.5,
+        )
+
+    def metrics(self, values: dict[str, Any]) -> None:
+        self.lightning.experiment.log(values)
+        self.lightning.experiment.summary.update(values)
+
+    def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        import wandb
+
+        self.lightning.experiment.log({name: wandb.Table(columns=columns, data=rows)})
+
+    def file(self, path: Path) -> None:
+        if self.artifacts:
+            import wandb
+
+            artifact = wandb.Artifact(f"{self._artifact_name}-{path.stem}", type="model")
+            artifact.add_file(str(path))
+            self.lightning.experiment.log_artifact(artifact)
+
+
+def _has_key(wandb) -> bool:
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlparse(wandb.Settings().base_url).hostname or ""
+    places = [os.environ.get("NETRC"), Path.home() / ".netrc", Path.home() / "_netrc"]
+    for place in places:
+        if place and Path(place).is_file():
+            try:
+                if netrc.netrc(place).authenticators(host):
+                    return True
+            except (netrc.NetrcParseError, OSError):
+                continue
+    return False
