@@ -44,6 +44,7 @@ class Run:
     rows: list[dict[str, Any]] = field(default_factory=list)
     in_float: list[tuple[str, str, str]] = field(default_factory=list)
     folder: Path = Path()
+    where: str = ""  # how to look at the logger's record
 
     @property
     def engine(self) -> dict[str, Any]:
@@ -69,13 +70,15 @@ def run(settings: Settings) -> Run:
         torch.set_num_threads(config["trainer"]["threads"])
         pl.seed_everything(settings.seed, workers=True, verbose=False)
         job = _float_network(settings, outputs, logger)
-        by_engine = _post_training(job) if settings.method == "ptq" else _float_only(job)
+        if settings.method == "ptq":
+            _quantize(job)
+            _deploy_all(job)
+        else:
+            _float_only(job)
         job.metrics |= {"status": "finished", "time/total_s": time.perf_counter() - start}
         job.folder = outputs / "runs" / identity
         _write(job, logger)
-    terminal.float_layers(job.in_float)
-    terminal.output.print(terminal.run_table(job.metrics, list(by_engine), settings.label))
-    terminal.where(job.folder, logger.where)
+        job.where = logger.where
     return job
 
 
@@ -105,23 +108,15 @@ def _float_network(settings: Settings, outputs: Path, logger: Any) -> Run:
     return Run(settings, data, net, flow, task.logits, {"acc/fp32": _accuracy(task)}, graphs)
 
 
-def _float_only(job: Run) -> dict[str, dict[str, Any]]:
+def _float_only(job: Run) -> None:
     """Latency of the float network in each engine."""
     engines = job.engines()
-    if not engines:
-        return {}
-    by_engine: dict[str, dict[str, Any]] = {}
-    winner = _measure(job, engines, by_engine)
-    for figures in by_engine.values():
-        figures["size/fp32_bytes"] = job.graphs["fp32"].ByteSize()
-    record.with_winner(job.metrics, by_engine, winner)
-    return by_engine
-
-
-def _post_training(job: Run) -> dict[str, dict[str, Any]]:
-    """Quantize, then simulate, deploy, certify and time on each engine."""
-    _quantize(job)
-    return _deploy_all(job)
+    if engines:
+        by_engine: dict[str, dict[str, Any]] = {}
+        winner = _measure(job, engines, by_engine)
+        for figures in by_engine.values():
+            figures["size/fp32_bytes"] = job.graphs["fp32"].ByteSize()
+        record.with_winner(job.metrics, by_engine, winner)
 
 
 def _quantize(job: Run) -> None:
@@ -145,8 +140,8 @@ def _quantize(job: Run) -> None:
     job.quantized, job.in_float = model, unquantized(model, recipe)
 
 
-def _deploy_all(job: Run) -> dict[str, dict[str, Any]]:
-    """Simulate and, for each engine, deploy and certify; returns engine -> figures."""
+def _deploy_all(job: Run) -> None:
+    """Simulate and, for each engine, deploy, certify and time; without an engine, simulate."""
     engines, graph = job.engines(), None
     if engines:
         with terminal.stage("exporting the int8 network to ONNX"):
@@ -159,14 +154,13 @@ def _deploy_all(job: Run) -> dict[str, dict[str, Any]]:
         figures, noise = _simulate(job, job.quantized)
         job.metrics |= figures
         job.rows = record.layer_rows(job.quantized, noise, job.flow.macs(), None)
-        return {}
+        return
     by_engine, rows = {}, {}
     for engine in engines:
         by_engine[engine.name], rows[engine.name] = _deploy(job, engine, graph)
     winner = _measure(job, engines, by_engine)
     job.rows = rows[winner]
     record.with_winner(job.metrics, by_engine, winner)
-    return by_engine
 
 
 def _deploy(job: Run, engine: Engine, graph: onnx.ModelProto) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -236,8 +230,8 @@ def _write(job: Run, logger: Any) -> None:
     """The folder of the run, whole or not at all; then the logger."""
     with replacing(job.folder) as folder:
         for name, graph in job.graphs.items():
-            winner = name == job.metrics.get("engine/winner")
-            onnx.save(graph, folder / ("model_int8.onnx" if winner else f"model_{name}.onnx"))
+            int8 = "int8" if name == job.metrics.get("engine/winner") else f"int8_{name}"
+            onnx.save(graph, folder / f"model_{name if name == 'fp32' else int8}.onnx")
         record.write(folder, job.settings.config, job.metrics, job.rows, job.in_float)
     logger.metrics(job.metrics)
     columns = list(record.LAYER_COLUMNS)

@@ -150,6 +150,8 @@ def additions_to_modules(model: nn.Module, flow: Dataflow) -> tuple[nn.Module, s
             module = traced.graph.call_module(name, tuple(node.args[:2]))
         node.replace_all_uses_with(module)
         traced.graph.erase_node(node)
+    for node in traced.graph.nodes:
+        node.meta.clear()  # an export would trust it for the names of modules, and it knows only the outermost
     traced.recompile()
     return traced, None
 

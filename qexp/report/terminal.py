@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +12,8 @@ from rich.table import Table
 
 console = Console(stderr=True, highlight=False)
 output = Console(highlight=False, soft_wrap=True)
+if not output.is_terminal:
+    output = Console(highlight=False, soft_wrap=True, width=120)  # in a file or a pipe nothing is narrow
 
 
 @contextmanager
@@ -51,11 +52,11 @@ def run_table(metrics: dict[str, Any], engines: list[str], title: str) -> Table:
     row("accuracy, fp32", lambda get: _share(metrics.get("acc/fp32")))
     row("accuracy, simulated", lambda get: _share(get("acc/sim")))
     row("accuracy, int8 engine", lambda get: _share(get("acc/engine")))
-    row("drop, points", lambda get: _number(get("acc/drop") and 100 * get("acc/drop"), ".2f"))
+    row("drop, points", lambda get: _number(_percent(get("acc/drop")), ".2f"))
     row("decided as fp32 does", lambda get: _share(get("agree/argmax")))
     row("SQNR of the logits", lambda get: _number(get("sqnr/output_db"), ".1f", " dB"))
     row("codes equal to the simulation", lambda get: _number(_percent(get("parity/identical")), ".4f", " %"))
-    row("largest step, decisions flipped", _parity_cell)
+    row("largest step, flipped decisions", _parity_cell)
     row("multiply-accumulates in int8", lambda get: _share(get("int8/mac_coverage")))
     row("layers in float", lambda get: get("int8/island_names") or _number(get("int8/islands"), "d"))
     row("latency fp32 -> int8", _latency_cell)
@@ -92,20 +93,29 @@ def _size_cell(get) -> str:
     return "" if fp32 is None or int8 is None else f"{fp32 / 1024:.0f} -> {int8 / 1024:.0f} KiB"
 
 
-def float_layers(rows: list[tuple[str, str, str]]) -> None:
-    """Say which layers were not quantized and why."""
-    for name, kind, reason in rows:
+def report(job) -> None:
+    """All of one run: what stayed in float, the table, where to look."""
+    for name, kind, reason in job.in_float:
         output.print(f"in float: {name} ({kind}): {reason}")
+    engines = list(job.engine["engines"]) if "engine/winner" in job.metrics else []
+    output.print(run_table(job.metrics, engines, job.settings.label))
+    where(job)
+
+
+def where(job) -> None:
+    """The one line that says where to look."""
+    look = f"; look at it with: {job.where}" if job.where.startswith("wandb leet") else f"; {job.where}" * bool(job.where)
+    output.print(f"results in {job.folder}{look}")
 
 
 def sweep_table(rows: list[dict[str, Any]]) -> Table:
-    """Several runs, one a row; columns are the overrides that vary and the figures that matter most."""
+    """Several runs, one a row; columns are the choices that vary and the figures that matter most."""
     varied = list(dict.fromkeys(key for row in rows for key in row["choice"]))
     table = Table(title=f"{len(rows)} runs", title_justify="left", title_style="bold")
     for key in varied:
-        table.add_column(key)
-    for heading in "fp32", "int8", "drop", "SQNR", "codes equal", "in int8", "speed-up", "run":
-        table.add_column(heading, justify="left" if heading == "run" else "right")
+        table.add_column(key.removeprefix("quantizer."), no_wrap=True)
+    for heading in "fp32 %", "int8 %", "drop", "SQNR dB", "codes = %", "int8 MACs %", "speed-up", "run":
+        table.add_column(heading, justify="left" if heading == "run" else "right", no_wrap=True)
     for row in rows:
         table.add_row(*[str(row["choice"].get(key, "")) for key in varied], *_sweep_cells(row))
     return table
@@ -115,21 +125,13 @@ def _sweep_cells(row: dict[str, Any]) -> list[str]:
     metrics = row["metrics"]
     if metrics is None:
         return [*[""] * 7, "[red]failed[/red]"]
-    accuracy = metrics.get("acc/engine", metrics.get("acc/sim"))
     return [
-        _share(metrics.get("acc/fp32")),
-        _share(accuracy),
+        _number(_percent(metrics.get("acc/fp32")), ".2f"),
+        _number(_percent(metrics.get("acc/engine", metrics.get("acc/sim"))), ".2f"),
         _number(_percent(metrics.get("acc/drop")), ".2f"),
-        _number(metrics.get("sqnr/output_db"), ".1f", " dB"),
-        _number(_percent(metrics.get("parity/identical")), ".3f", " %"),
-        _number(_percent(metrics.get("int8/mac_coverage")), ".0f", " %"),
+        _number(metrics.get("sqnr/output_db"), ".1f"),
+        _number(_percent(metrics.get("parity/identical")), ".3f"),
+        _number(_percent(metrics.get("int8/mac_coverage")), ".0f"),
         _number(metrics.get("latency/speedup"), ".2f", "x"),
         row["run_id"],
     ]
-
-
-def where(run_folder: Path, logger_where: str) -> None:
-    """The one line that says where to look."""
-    look = f"; look at it with: {logger_where}" if logger_where.startswith("wandb leet") else ""
-    look = look or (f"; {logger_where}" if logger_where else "")
-    output.print(f"results in {run_folder}{look}")
