@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from qexp.report import terminal
 from qexp.settings import ConfigError, Settings, build
 from qexp.store import FloatCache
 from qexp.tasks.fp32 import Float32Task
+from qexp.tasks.progress import TellProgress
 
 
 def data_module(config: dict[str, Any]) -> pl.LightningDataModule:
@@ -72,10 +72,10 @@ def network(config: dict[str, Any], data: pl.LightningDataModule) -> nn.Module:
     return net
 
 
-def trainer(config: dict[str, Any], fit: bool = False, logger: Any = False) -> pl.Trainer:
+def trainer(
+    config: dict[str, Any], update: terminal.Update, fit: bool = False, logger: Any = False
+) -> pl.Trainer:
     """A Lightning trainer for one pass, or with fit=True for training; the passes are on the CPU, as the engines are."""
-    wanted = config["progress"]
-    bars = sys.stderr.isatty() if wanted == "auto" else wanted
     return pl.Trainer(
         max_epochs=config["trainer"]["epochs"],
         accelerator=config["trainer"]["accelerator"] if fit else "cpu",
@@ -84,8 +84,8 @@ def trainer(config: dict[str, Any], fit: bool = False, logger: Any = False) -> p
         deterministic=True,
         enable_checkpointing=False,
         enable_model_summary=False,
-        enable_progress_bar=bars,
-        callbacks=[pl.callbacks.RichProgressBar(leave=False)] if bars else [],
+        enable_progress_bar=False,
+        callbacks=[TellProgress(update)],
         log_every_n_steps=10,
         num_sanity_val_steps=0,
     )
@@ -121,8 +121,8 @@ def train_(net: nn.Module, settings: Settings, data: pl.LightningDataModule, cac
             section = settings.config["trainer"]
             pl.seed_everything(settings.seed, workers=True, verbose=False)
             task = Float32Task(net, data.num_classes, section["lr"], section["weight_decay"])
-            with terminal.stage(f"training the float network, {section['epochs']} epochs"):
-                trainer(settings.config, fit=True, logger=logger).fit(task, data.train_dataloader())
+            with terminal.stage(f"training the float network, {section['epochs']} epochs") as update:
+                trainer(settings.config, update, fit=True, logger=logger).fit(task, data.train_dataloader())
             state = {name: tensor.detach().cpu() for name, tensor in net.state_dict().items()}
             _require_finite(state)
             cache.save(state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import onnx
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from qexp import prepare, record
 from qexp.engines.base import Engine
@@ -67,6 +69,7 @@ def run(settings: Settings) -> Run:
     told = {**config, "machine": record.environment()}
     info = RunInfo(identity, settings.label, settings.method, told, outputs)
     with build(config["logger"], "logger").open(info) as logger:
+        terminal.show_progress(config["progress"])
         torch.set_num_threads(config["trainer"]["threads"])
         pl.seed_everything(settings.seed, workers=True, verbose=False)
         job = _float_network(settings, outputs, logger)
@@ -99,8 +102,8 @@ def _float_network(settings: Settings, outputs: Path, logger: Any) -> Run:
         raise ConfigError(f"model: {error}") from None
     if warning:
         terminal.output.print(f"warning: {warning}")
-    with terminal.stage("evaluating the float network"):
-        task = _test(settings, data, net)
+    with terminal.stage("evaluating the float network") as update:
+        task = _test(settings, data, net, update)
     graphs = {}
     if settings.config["engine"]["engines"]:
         with terminal.stage("exporting the float network to ONNX"):
@@ -133,9 +136,9 @@ def _quantize(job: Run) -> None:
         text = str(error)
         raise ConfigError(f"quantizer.{text}" if text.startswith("exclude") else f"quantizer: {text}") from None
     start = time.perf_counter()
-    with terminal.stage("calibrating"), calibrating(model):
+    with terminal.stage("calibrating") as update, calibrating(model):
         loader = prepare.calibration_loader(job.data, settings.seed)
-        prepare.trainer(settings.config).validate(PTQTask(model, job.data.num_classes), loader, verbose=False)
+        prepare.trainer(settings.config, update).validate(PTQTask(model, job.data.num_classes), loader, verbose=False)
     job.metrics["time/calibrate_s"] = time.perf_counter() - start
     job.quantized, job.in_float = model, unquantized(model, recipe)
 
@@ -151,7 +154,8 @@ def _deploy_all(job: Run) -> None:
                 job.metrics["engine/refused"] = str(error)
                 terminal.output.print(f"simulation only: {error}")
     if graph is None:
-        figures, noise = _simulate(job, job.quantized)
+        with terminal.stage("evaluating the simulation") as update:
+            figures, noise = _simulate(job, job.quantized, update)
         job.metrics |= figures
         job.rows = record.layer_rows(job.quantized, noise, job.flow.macs(), None)
         return
@@ -166,11 +170,12 @@ def _deploy_all(job: Run) -> None:
 def _deploy(job: Run, engine: Engine, graph: onnx.ModelProto) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """One engine's figures and rows of the table of layers."""
     threads = job.engine["threads"]
-    with terminal.stage(f"{engine.name}: simulation, int8 run, certificate"):
+    with terminal.stage(f"{engine.name}: simulation, int8 run, certificate") as update:
         simulation = simulation_for(engine, job.quantized, job.flow)
-        figures, noise = _simulate(job, simulation)
+        figures, noise = _simulate(job, simulation, update)
         deployment = deploy(engine, graph, simulation, job.flow, threads)
-        logits = certify_deployment(deployment, job.data.test_dataloader(), threads)
+        batches = _counted(job.data.test_dataloader(), update)
+        logits = certify_deployment(deployment, batches, threads)
         figures |= record.deployment_metrics(deployment, job.net)
         figures["acc/drop"] = job.metrics["acc/fp32"] - figures["acc/engine"]
         figures["agree/argmax"] = _agreement(torch.from_numpy(logits), job.reference)
@@ -181,10 +186,10 @@ def _deploy(job: Run, engine: Engine, graph: onnx.ModelProto) -> tuple[dict[str,
     return figures, record.layer_rows(simulation, noise, job.flow.macs(), deployment)
 
 
-def _simulate(job: Run, model: nn.Module) -> tuple[dict[str, Any], dict[str, QuantizationNoise]]:
+def _simulate(job: Run, model: nn.Module, update: terminal.Update) -> tuple[dict[str, Any], dict[str, QuantizationNoise]]:
     """Test pass of a simulation: its figures, and the noise of each site."""
     with measuring_sites(model) as noise:
-        task = _test(job.settings, job.data, model)
+        task = _test(job.settings, job.data, model, update)
     signal, error = job.reference.double(), job.reference.double() - task.logits.double()
     accuracy = _accuracy(task)
     figures = {
@@ -202,7 +207,7 @@ def _measure(job: Run, engines: list[Engine], by_engine: dict[str, dict[str, Any
     images = next(iter(job.data.test_dataloader()))[0]
     images = images.repeat(-(-section["batch_size"] // len(images)), *[1] * (images.dim() - 1))
     batch = images[: section["batch_size"]].contiguous()
-    with terminal.stage(f"latency, batch {len(batch)}, {section['threads']} thread(s), interleaved"):
+    with terminal.stage(f"latency, batch {len(batch)}, {section['threads']} thread(s), interleaved", live=False):
         timings = measure(engines, job.graphs, job.net, batch, section["seconds"], section["threads"])
     for engine in engines:
         by_engine.setdefault(engine.name, {}).update(record.latency_metrics(timings, engine.name))
@@ -210,10 +215,16 @@ def _measure(job: Run, engines: list[Engine], by_engine: dict[str, dict[str, Any
     return min(by_engine, key=lambda name: by_engine[name][f"latency/{kind}_ms"])
 
 
-def _test(settings: Settings, data: pl.LightningDataModule, net: nn.Module) -> PTQTask:
+def _test(settings: Settings, data: pl.LightningDataModule, net: nn.Module, update: terminal.Update) -> PTQTask:
     task = PTQTask(net, data.num_classes)
-    prepare.trainer(settings.config).test(task, data.test_dataloader(), verbose=False)
+    prepare.trainer(settings.config, update).test(task, data.test_dataloader(), verbose=False)
     return task
+
+
+def _counted(loader: DataLoader, update: terminal.Update) -> Iterator[tuple[Tensor, Tensor]]:
+    for number, batch in enumerate(loader, 1):
+        yield batch
+        update(number, len(loader))
 
 
 def _accuracy(task: PTQTask) -> float:

@@ -8,17 +8,22 @@ The quotient is a float32 division, rounded, then Z is added: the order that ONN
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from qexp.quant.rounding import round_half_even
 
-if TYPE_CHECKING:
-    from qexp.quant.grid import IntegerGrid
-
 Rounding = Callable[[Tensor], Tensor]
+
+
+class CodeRange(Protocol):
+    """Anything with a smallest and a largest code."""
+
+    quant_min: int
+    quant_max: int
 
 
 class QParams(NamedTuple):
@@ -28,7 +33,7 @@ class QParams(NamedTuple):
     zero_point: Tensor
 
 
-def quantize(x: Tensor, qparams: QParams, grid: IntegerGrid, rounding: Rounding = round_half_even) -> Tensor:
+def quantize(x: Tensor, qparams: QParams, grid: CodeRange, rounding: Rounding = round_half_even) -> Tensor:
     """Codes q = clamp(round(x / S) + Z, quant_min, quant_max), as float32 integers of the shape of x.
 
     >>> from qexp.quant.grid import IntegerGrid
@@ -48,7 +53,7 @@ class _FakeQuantize(torch.autograd.Function):
     """Quantize and dequantize; the gradient is the straight-through one, zero where the code was clamped."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, qparams: QParams, grid: IntegerGrid, rounding: Rounding) -> Tensor:
+    def forward(ctx, x: Tensor, qparams: QParams, grid: CodeRange, rounding: Rounding) -> Tensor:
         codes = rounding(x / qparams.scale).add_(qparams.zero_point)
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward((codes >= grid.quant_min) & (codes <= grid.quant_max))
@@ -61,7 +66,7 @@ class _FakeQuantize(torch.autograd.Function):
         return grad * inside, None, None, None
 
 
-def fake_quantize(x: Tensor, qparams: QParams, grid: IntegerGrid, rounding: Rounding = round_half_even) -> Tensor:
+def fake_quantize(x: Tensor, qparams: QParams, grid: CodeRange, rounding: Rounding = round_half_even) -> Tensor:
     """What inference will see of x: dequantize(quantize(x)), with the straight-through gradient.
 
     dL/dx = dL/dx~ where quant_min <= round(x / S) + Z <= quant_max, else 0 (Gholami et al. 2021, section III.G).

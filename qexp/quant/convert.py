@@ -86,7 +86,7 @@ def refuse_unquantizable(model: nn.Module, recipe: Recipe) -> None:
         if not fnmatch.filter(names, pattern):
             raise ValueError(f"exclude={pattern!r}: matches no layer of {type(model).__name__}")
     for name, module in model.named_modules():
-        if recipe.excludes(name) or any(recipe.excludes(name[:i]) for i, c in enumerate(name) if c == "."):
+        if recipe.excludes(name):
             continue
         if isinstance(module, nn.MultiheadAttention):
             raise ValueError(

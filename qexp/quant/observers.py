@@ -92,6 +92,7 @@ class HistogramObserver(MinMaxObserver):
     """
 
     bins = 2**14  # on each side of zero
+    smallest_exponent = -100  # so that 2^(14 - e) stays a float32
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,6 +117,7 @@ class HistogramObserver(MinMaxObserver):
         """Merge 2^steps neighbouring bins into one, on each side of zero."""
         if exponent is None:
             return
+        exponent = max(exponent, self.smallest_exponent)
         empty = first or not self.counts.any()
         steps = exponent - int(self.exponent)
         if not empty and steps <= 0:

@@ -28,7 +28,7 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Which layers get which quantizers; `exclude` holds layer names or patterns (`stage1.*`) that stay in float.
+    """Which layers get which quantizers; `exclude` holds layer names or patterns (`stage1`, `*.conv1`) that stay in float.
 
     Errors: ValueError for a granularity that no layer here can compute with.
     """
@@ -48,5 +48,7 @@ class Recipe:
             )
 
     def excludes(self, name: str) -> bool:
-        """Whether this layer stays in float by the user's wish."""
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.exclude)
+        """Whether this layer, or a module that holds it, stays in float by the user's wish."""
+        parts = name.split(".")
+        holders = [".".join(parts[: i + 1]) for i in range(len(parts))]
+        return any(fnmatch.fnmatchcase(holder, pattern) for holder in holders for pattern in self.exclude)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 console = Console(stderr=True, highlight=False)
@@ -16,12 +17,39 @@ if not output.is_terminal:
     output = Console(highlight=False, soft_wrap=True, width=120)  # in a file or a pipe nothing is narrow
 
 
+Update = Callable[[int, int], None]  # called with what is done and what there is
+
+
+class _Stages:
+    """The stages of a run; on a terminal the current one shows its progress and the time to go."""
+
+    bars: bool | str = "auto"  # true, false, or auto: only on a terminal
+
+
+def show_progress(wanted: bool | str) -> None:
+    """Choose whether stages show bars: true, false or "auto"."""
+    _Stages.bars = wanted
+
+
 @contextmanager
-def stage(what: str) -> Iterator[None]:
-    """Say what is being done, and how long it took when it is done."""
+def stage(what: str, live: bool = True) -> Iterator[Update]:
+    """Say what is being done, and how long it took; yields what long loops report their progress to.
+
+    A stage that measures time is not live: drawing would disturb it.
+    """
+    bars = live and (console.is_terminal if _Stages.bars == "auto" else bool(_Stages.bars))
     start = time.perf_counter()
-    with console.status(what):
-        yield
+    columns = (
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True, disable=not bars) as progress:
+        task = progress.add_task(what, total=None, count="")
+
+        def update(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total, count=f"{done}/{total}")
+
+        yield update
     console.print(f"[dim]{time.perf_counter() - start:6.1f} s[/dim]  {what}")
 
 
