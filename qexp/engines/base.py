@@ -10,6 +10,14 @@ import onnx
 from qexp.quant.dataflow import Dataflow
 
 
+class EngineRefused(ValueError):
+    """An engine cannot build or run a graph; the message is one sentence."""
+
+    def __init__(self, engine: Engine, why: str) -> None:
+        super().__init__(f"{engine.name} refuses the graph: {why}")
+        self.engine = engine
+
+
 class Session(Protocol):
     """A compiled graph for one batch size."""
 
@@ -38,3 +46,23 @@ class Engine(Protocol):
     def session(self, model: onnx.ModelProto, shape: tuple[int, ...], threads: int, traced: bool = False) -> Session:
         """Compile for inputs of exactly this shape; `traced` keeps what `Session.layers` reads."""
         ...
+
+
+def start(
+    engine: Engine, model: onnx.ModelProto, shape: tuple[int, ...], threads: int, traced: bool = False
+) -> Session:
+    """A session that has run once, on zeros. Errors: EngineRefused."""
+    try:
+        session = engine.session(model, shape, threads, traced)
+        session.run(np.zeros(shape, np.float32))
+    except Exception as error:  # each library raises its own types, and whatever its kernels meet
+        raise EngineRefused(engine, _reason(error)) from error
+    return session
+
+
+def _reason(error: Exception) -> str:
+    """The line of a long message that says most: OpenVINO sums up at the end, after where in its code it failed."""
+    text = str(error)
+    lines = [line.strip(" -") for line in (text.partition("Summary:")[2] or text).splitlines() if line.strip()]
+    telling = [line for line in lines if not line.startswith(("Exception from", "Check "))]
+    return (telling or lines or [type(error).__name__])[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -11,7 +12,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from qexp.engines.base import Engine, Session
+from qexp.engines.base import Engine, Session, start
 from qexp.engines.latency import Timings, interleave
 from qexp.engines.parity import Certificate, certify
 from qexp.engines.place import Artefact, place
@@ -28,13 +29,13 @@ class Deployment:
     engine: Engine
     simulation: nn.Module
     artefact: Artefact
-    executed: dict[str, str]
+    executed: dict[str, list[str]]  # layer -> the operators of its calls
     macs: dict[str, int]
     certificate: Certificate = field(default_factory=Certificate)
 
     def runs_int8(self, layer: str) -> bool:
         """Whether the engine's optimized graph runs this layer on integers."""
-        kinds = [kind for name, kind in self.executed.items() if name == layer]
+        kinds = self.executed.get(layer, [])
         return bool(kinds) and all(kind.endswith("int8") for kind in kinds)
 
     @property
@@ -60,35 +61,31 @@ def simulation_for(engine: Engine, model: nn.Module, flow: Dataflow) -> nn.Modul
     return placed
 
 
-def deploy(
-    engine: Engine, graph: onnx.ModelProto, simulation: nn.Module, flow: Dataflow, threads: int
-) -> Deployment:
-    """Write the graph for the engine and see which layers it runs in int8."""
+def deploy(engine: Engine, graph: onnx.ModelProto, simulation: nn.Module, flow: Dataflow, threads: int) -> Deployment:
+    """Write the graph for the engine and see which layers it runs in int8. Errors: EngineRefused."""
     off = {quantizer.site for quantizer in quantizers(simulation) if quantizer.mode is Mode.OFF}
     artefact = place(graph, off)
-    session = engine.session(artefact.model, tuple(flow.example[:1].shape), threads, traced=True)
-    names = {name for name, _ in layers(simulation)}
-    executed = {name: kind for name, kind in _by_layer(session.layers()).items() if name in names}
+    session = start(engine, artefact.model, tuple(flow.example[:1].shape), threads, traced=True)
+    executed = _by_layer(session.layers(), {name for name, _ in layers(simulation)})
     return Deployment(engine, simulation, artefact, executed, flow.macs())
 
 
-def _by_layer(nodes: dict[str, str]) -> dict[str, str]:
-    """Layer -> the operator that bears its name, or any of its own nodes ("head.pool/ReduceMean")."""
-    found: dict[str, str] = {}
-    for name, kind in nodes.items():
-        layer = name.split("/")[0]
-        if layer == name or layer not in found:
-            found[layer] = kind
-    return found
+def _by_layer(nodes: dict[str, str], names: set[str]) -> dict[str, list[str]]:
+    """Layer -> the operators that bear its name, one a call, or else those of its other nodes ("pool/ReduceMean")."""
+    own: dict[str, list[str]] = {}
+    parts: dict[str, list[str]] = {}
+    for node, kind in nodes.items():
+        name = re.sub(r"#\d+$", "", node)
+        if name in names:
+            own.setdefault(name, []).append(kind)
+        elif (layer := name.rpartition("/")[0]) in names:
+            parts.setdefault(layer, []).append(kind)
+    return parts | own
 
 
-def certify_deployment(
-    deployment: Deployment, batches: Iterable[tuple[Tensor, Tensor]], threads: int
-) -> np.ndarray:
-    """Fill in the certificate over all batches; returns the engine's logits."""
-    deployment.certificate = certify(
-        deployment.engine, deployment.artefact, deployment.simulation, batches, threads
-    )
+def certify_deployment(deployment: Deployment, batches: Iterable[tuple[Tensor, Tensor]], threads: int) -> np.ndarray:
+    """Fill in the certificate over all batches; returns the engine's logits. Errors: EngineRefused."""
+    deployment.certificate = certify(deployment.engine, deployment.artefact, deployment.simulation, batches, threads)
     return np.concatenate(deployment.certificate.outputs)
 
 
@@ -100,15 +97,18 @@ def measure(
     seconds: float,
     threads: int,
 ) -> Timings:
-    """Latency of every engine in fp32 (twice: the second is the A/A pair) and, where it has a graph, in int8."""
+    """Latency of every engine in fp32 (twice: the second is the A/A pair) and, where it has a graph, in int8.
+
+    Errors: EngineRefused.
+    """
     batch = np.ascontiguousarray(images.numpy())
     calls: dict[str, Callable[[], object]] = {}
     for engine in engines:
-        fp32 = engine.session(graphs["fp32"], batch.shape, threads)
+        fp32 = start(engine, graphs["fp32"], batch.shape, threads)
         calls[f"{engine.name}/fp32"] = _call(fp32, batch)
         calls[f"{engine.name}/fp32 again"] = _call(fp32, batch)
         if engine.name in graphs:
-            calls[f"{engine.name}/int8"] = _call(engine.session(graphs[engine.name], batch.shape, threads), batch)
+            calls[f"{engine.name}/int8"] = _call(start(engine, graphs[engine.name], batch.shape, threads), batch)
     calls["torch/fp32"] = lambda: net(images)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -1,16 +1,21 @@
 """From a torch model to an ONNX file whose nodes bear the names of layers and sites.
 
 `stem.conv` is the Conv node of that layer, `stem.conv.input` the QuantizeLinear of its input, `stem.conv.weight`
-the DequantizeLinear of its int8 initializer. Coverage, parity and checks find everything by these names.
+the DequantizeLinear of its int8 initializer; of a layer that runs twice, the second is `stem.conv#2`. Coverage,
+parity and checks find everything by these names.
 """
 
 from __future__ import annotations
 
 import ast
 import copy
+import gc
 import logging
+import re
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import onnx
 import onnxscript.optimizer
@@ -24,13 +29,33 @@ from qexp.quant.onnx_form import OPSET
 from qexp.quant.quantizer import Mode
 
 INPUT, OUTPUT = "input", "output"
+SITE_OPERATORS = ("QuantizeLinear", "Clip", "DequantizeLinear")
+
+
+def numbered(name: str, call: int) -> str:
+    """The name of the first, second, ... node of a layer or site: fc, fc#2, ...
+
+    >>> numbered("fc", 1), numbered("fc", 2)
+    ('fc', 'fc#2')
+    """
+    return name if call == 1 else f"{name}#{call}"
+
+
+def site_of(node: onnx.NodeProto) -> str:
+    """The site that a QuantizeLinear, its Clip or its DequantizeLinear belongs to, whichever call it is.
+
+    >>> site_of(onnx.NodeProto(name="fc.input/clip#2"))
+    'fc.input'
+    """
+    return re.sub(r"(/clip|/dequantize)?(#\d+)?$", "", node.name)
 
 
 def _pool_globally(model: onnx.ModelProto) -> None:
     """Write a mean over height and width as GlobalAveragePool, for which engines have int8 kernels."""
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    ranks = {info.name: len(info.type.tensor_type.shape.dim) for info in (*model.graph.value_info, *model.graph.input)}
     for node in model.graph.node:
-        if node.op_type == "ReduceMean" and len(node.input) == 2 and node.input[1] in constants:
+        if node.op_type == "ReduceMean" and node.input[-1] in constants and ranks.get(node.input[0]) == 4:
             keeps = all(a.i for a in node.attribute if a.name == "keepdims")
             if keeps and {int(axis) % 4 for axis in constants[node.input[1]]} == {2, 3}:
                 replacement = onnx.helper.make_node("GlobalAveragePool", node.input[:1], node.output, node.name)
@@ -39,7 +64,7 @@ def _pool_globally(model: onnx.ModelProto) -> None:
 
 
 def export_float(flow: Dataflow) -> onnx.ModelProto:
-    """The float model as ONNX, BatchNorm included (each engine folds it in its own way)."""
+    """The float model as ONNX, BatchNorm included (each engine folds it in its own way). Errors: NotExportable."""
     return _named(_export(flow.program, ()))
 
 
@@ -48,7 +73,7 @@ def export_quantized(model: nn.Module, flow: Dataflow) -> onnx.ModelProto:
 
     Each site stands in it for itself; `place` makes of it what one engine gets.
 
-    Errors: NotExportable when a scale has no ONNX form; RuntimeError when a site or layer is missing in the graph.
+    Errors: NotExportable when a scale or an operator has no ONNX form; RuntimeError when the graph lacks a site.
     """
     prepared = copy.deepcopy(model).eval()
     sites = {q.site for q in quantizers(prepared) if q.mode is Mode.QUANTIZE}
@@ -64,40 +89,47 @@ def export_quantized(model: nn.Module, flow: Dataflow) -> onnx.ModelProto:
 
 def _export(model, args: tuple) -> onnx.ModelProto:
     dynamic = ({0: torch.export.Dim("batch")},) if args and len(args[0]) > 1 else None
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    with _undisturbed():
+        try:
             program = torch.onnx.export(
                 model, args, dynamo=True, opset_version=OPSET, dynamic_shapes=dynamic, verbose=False,
                 input_names=[INPUT], output_names=[OUTPUT], optimize=False,
             )  # fmt: skip
-            # Constants only: merging nodes would lose which sites they stood for.
-            onnxscript.optimizer.fold_constants(program.model)
-            onnxscript.optimizer.remove_unused_nodes(program.model)
+        except torch.onnx.OnnxExporterError as error:
+            cause = str(error.__cause__ or error)
+            operator = re.search(r"target=torch\.ops\.([\w.]+)", cause)
+            why = f"no form of {operator[1]}" if operator else cause.strip().splitlines()[0]
+            raise NotExportable(f"the model cannot be written as ONNX: {why}") from error
+        # Constants only: merging nodes would lose which sites they stood for.
+        onnxscript.optimizer.fold_constants(program.model)
+        onnxscript.optimizer.remove_unused_nodes(program.model)
+        return program.model_proto
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """No warnings and log lines of the exporter, and no garbage collection: it makes objects by the million."""
+    logger = logging.getLogger("torch.onnx")
+    level, collects = logger.level, gc.isenabled()
+    logger.setLevel(logging.ERROR)
+    gc.disable()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logger.setLevel(level)
-    return program.model_proto
+        if collects:
+            gc.enable()
 
 
 def _named(model: onnx.ModelProto) -> onnx.ModelProto:
     """Name nodes after the modules that made them, and drop what the exporter noted of this machine's files."""
     seen: Counter[str] = Counter()
     for node in model.graph.node:
-        scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
-        modules = [scope for scope in ast.literal_eval(scopes)[:-1] if scope]
-        name = modules[-1].split("@")[0].replace("_quantizer", "") if modules else node.name
-        if node.op_type in ("Conv", "Gemm", "MatMul", "Add", "QuantizeLinear", "DequantizeLinear", "Clip"):
-            # The layer or site itself keeps the plain name; what follows it is told apart.
-            name = {"Clip": f"{name}/clip"}.get(node.op_type, name)
-            if node.op_type == "DequantizeLinear" and seen[name]:
-                name = f"{name}/dequantize"
-        else:
-            name = f"{name}/{node.op_type}"
+        name = _name(node, seen)
         seen[name] += 1
-        node.name = name if seen[name] == 1 else f"{name}#{seen[name]}"
+        node.name = numbered(name, seen[name])
         del node.metadata_props[:]
         node.doc_string = ""
     _pool_globally(model)
@@ -106,6 +138,20 @@ def _named(model: onnx.ModelProto) -> onnx.ModelProto:
     for info in (*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer):
         del info.metadata_props[:]
     return model
+
+
+def _name(node: onnx.NodeProto, seen: Counter[str]) -> str:
+    """The module that made a node; a layer or site itself keeps this plain name, what follows it is told apart."""
+    scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
+    modules = [scope for scope in ast.literal_eval(scopes)[:-1] if scope]
+    name = modules[-1].split("@")[0] if modules else node.name
+    if node.op_type in SITE_OPERATORS:
+        name = name.removesuffix("_quantizer")
+    if node.op_type == "Clip":
+        return f"{name}/clip"
+    if node.op_type == "DequantizeLinear" and seen[name]:
+        return f"{name}/dequantize"
+    return name if node.op_type in (*SITE_OPERATORS, "Conv", "Gemm", "MatMul", "Add") else f"{name}/{node.op_type}"
 
 
 def _check(model: onnx.ModelProto, activations: set[str], weights: set[str], computing: set[str]) -> None:

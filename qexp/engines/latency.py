@@ -22,6 +22,10 @@ class Timings:
         """Median over all rounds."""
         return float(np.median(self.rounds[:, self.names.index(name)]))
 
+    def fastest_ms(self, name: str) -> float:
+        """The least of all rounds, which the machine's other work disturbs least."""
+        return float(np.min(self.rounds[:, self.names.index(name)]))
+
     def ratio(self, slow: str, fast: str, seed: int = 0, resamples: int = 1000) -> tuple[float, float, float]:
         """median(slow) / median(fast) and its 95 % bootstrap interval; whole rounds are resampled."""
         a, b = (self.rounds[:, self.names.index(name)] for name in (slow, fast))
@@ -40,7 +44,9 @@ def interleave(calls: dict[str, Callable[[], object]], seconds: float, seed: int
     while len(rows) < least or time.perf_counter() < end:
         row = [0.0] * len(calls)
         for side in generator.permutation(len(calls)):
-            row[side] = _time_ms(list(calls.values())[side], repeats[side])
+            call = list(calls.values())[side]
+            call()  # its data were pushed out of the caches by the side before it
+            row[side] = _time_ms(call, repeats[side])
         rows.append(row)
     return Timings(tuple(calls), np.array(rows))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 
@@ -44,6 +45,8 @@ class OnnxRuntimeSession:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        # Threads that spin after a run would take a core from whatever runs next.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         for symbol in {d.dim_param for d in model.graph.input[0].type.tensor_type.shape.dim if d.dim_param}:
             # A known batch size folds the arithmetic on shapes away.
             options.add_free_dimension_override_by_name(symbol, shape[0])
@@ -52,9 +55,7 @@ class OnnxRuntimeSession:
             path = Path(folder) / "optimized.onnx"
             if traced:
                 options.optimized_model_filepath = str(path)
-            self._session = ort.InferenceSession(
-                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
+            self._session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
             if traced:
                 self._optimized = onnx.load(path)
         self._input = self._session.get_inputs()[0].name
@@ -66,5 +67,5 @@ class OnnxRuntimeSession:
         found = {}
         for node in self._optimized.graph.node:
             kind = f"{node.op_type} int8" if node.op_type in INT8_OPERATORS else node.op_type
-            found[node.name.split("_token_")[0]] = kind
+            found[re.sub(r"_token_\d+$", "", node.name)] = kind
         return found

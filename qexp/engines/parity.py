@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -9,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qexp.engines.base import Engine, Session
+from qexp.engines.base import Engine, Session, start
+from qexp.engines.export import numbered
 from qexp.engines.place import Artefact
 from qexp.quant.convert import quantizers
 from qexp.quant.quantizer import Mode, Quantizer
@@ -49,14 +51,17 @@ class Certificate:
 def certify(
     engine: Engine, artefact: Artefact, simulation: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], threads: int
 ) -> Certificate:
-    """Run engine and simulation on the same batches of (images, labels) and compare codes and decisions."""
+    """Run engine and simulation on the same batches of (images, labels) and compare codes and decisions.
+
+    Errors: EngineRefused.
+    """
     certificate = Certificate()
     sessions: tuple[Session, Session] | None = None
     for images, labels in batches:
         if sessions is None:
             shape = tuple(images.shape)
-            plain = engine.session(artefact.model, shape, threads)
-            sessions = plain, engine.session(artefact.with_code_outputs(), shape, threads)
+            plain = start(engine, artefact.model, shape, threads)
+            sessions = plain, start(engine, artefact.with_code_outputs(), shape, threads)
         _compare(certificate, sessions, artefact, simulation, _padded(images, shape[0]), labels)
     return certificate
 
@@ -86,11 +91,16 @@ def _padded(images: Tensor, size: int) -> Tensor:
 
 @torch.no_grad()
 def _simulate(simulation: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits of the simulation and the codes of each of its active activation sites, stored as uint8."""
+    """Logits of the simulation and the codes of each of its active activation sites, stored as uint8.
+
+    A layer that runs twice has its sites twice, the second as "name.input#2", as in the graph.
+    """
     codes: dict[str, Tensor] = {}
+    calls: Counter[str] = Counter()
 
     def record(quantizer: Quantizer, inputs: tuple[Tensor, ...]) -> None:
-        codes[quantizer.site] = quantizer.stored_codes(inputs[0])
+        calls[quantizer.site] += 1
+        codes[numbered(quantizer.site, calls[quantizer.site])] = quantizer.stored_codes(inputs[0])
 
     sites = [q for q in quantizers(simulation) if q.mode is Mode.QUANTIZE and not q.shape]
     hooks = [quantizer.register_forward_pre_hook(record) for quantizer in sites]

@@ -1,12 +1,14 @@
 """From the exported graph to the one that an engine gets: equal in value, written so that the engine can fuse it.
 
-Three rewrites. Sites that the engine wants in float go. Twin quantizers of one tensor become one, because an engine
-fuses a QuantizeLinear into the layer before it only where it is that layer's one reader. And an activation function
-that only quantizers read becomes bounds on their codes: quantization is monotone, so
+Four rewrites. Sites that the engine wants in float go. Twin quantizers of one tensor become one, because an engine
+fuses a QuantizeLinear into the layer before it only where it is that layer's one reader. A max pool that only a
+quantizer reads runs on its codes, and an activation function that only quantizers read becomes bounds on them:
+quantization is monotone, so
 
+    Q(max x) = max Q(x)
     Q(clamp(x, a, b)) = clamp(Q(x), Q(a), Q(b))
 
-holds to the bit, and a convolution, its ReLU6 and a 4-bit quantizer run as one int8 operator.
+hold to the bit, and a convolution, its ReLU6 and a 4-bit quantizer run as one int8 operator.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-SITE_OPERATORS = ("QuantizeLinear", "Clip", "DequantizeLinear")
+from qexp.engines.export import SITE_OPERATORS, site_of
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Artefact:
 
     model: onnx.ModelProto
     codes: dict[str, str]
+    pools: dict[str, onnx.NodeProto] = field(default_factory=dict)  # code tensor -> the max pool that the site follows
 
     @property
     def code_tensors(self) -> list[str]:
@@ -36,6 +39,8 @@ class Artefact:
         """A copy that returns, after its own output, the codes of every tensor in `code_tensors`."""
         copied = _copy(self.model)
         for tensor in self.code_tensors:
+            if tensor in self.pools:
+                tensor = _pooled(copied.graph, tensor, self.pools[tensor])
             copied.graph.output.append(onnx.helper.make_tensor_value_info(tensor, onnx.TensorProto.UINT8, None))
         return copied
 
@@ -48,6 +53,7 @@ class _Rewriter:
     float_sites: set[str]
 
     codes: dict[str, str] = field(default_factory=dict)
+    pools: dict[str, onnx.NodeProto] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.graph = self.model.graph
@@ -63,6 +69,8 @@ class _Rewriter:
         for site, tensor in self.codes.items():
             if tensor == node.output[0]:
                 self.codes[site] = replacement
+        if node.output[0] in self.pools:
+            self.pools[replacement] = self.pools.pop(node.output[0])
 
     def readers(self, tensor: str) -> list[onnx.NodeProto]:
         """All nodes that read a tensor; the graph's own output counts as one that is no quantizer."""
@@ -71,7 +79,7 @@ class _Rewriter:
 
     def drop_float_sites(self) -> None:
         for node in list(self.graph.node):
-            if node.op_type in SITE_OPERATORS and node.name.split("/")[0] in self.float_sites:
+            if node.op_type in SITE_OPERATORS and site_of(node) in self.float_sites:
                 self.remove(node, node.input[0])
 
     def note_codes(self) -> None:
@@ -89,6 +97,27 @@ class _Rewriter:
                 twin = first.setdefault((node.op_type, node.input[0], *values), node.output[0])
                 if twin != node.output[0]:
                     self.remove(node, twin)
+
+    def pools_on_codes(self) -> None:
+        for pool in [node for node in self.graph.node if node.op_type == "MaxPool"]:
+            readers = self.readers(pool.output[0])
+            if [reader.op_type for reader in readers] == ["QuantizeLinear"]:
+                quantize = readers[0]
+                (clip,) = self.readers(quantize.output[0])
+                (dequantize,) = self.readers(clip.output[0])
+                self._move_behind(pool, [quantize, clip, dequantize])
+                self.pools[clip.output[0]] = pool
+
+    def _move_behind(self, node: onnx.NodeProto, chain: list[onnx.NodeProto]) -> None:
+        """x -> node -> chain becomes x -> chain -> node; names of tensors stay with the nodes that write them."""
+        for reader in self.readers(chain[-1].output[0]):
+            reader.input[:] = [node.output[0] if name == chain[-1].output[0] else name for name in reader.input]
+        chain[0].input[0], node.input[0] = node.input[0], chain[-1].output[0]
+        for link in chain:
+            self.graph.node.remove(link)
+        place = list(self.graph.node).index(node)
+        for offset, link in enumerate(chain):
+            self.graph.node.insert(place + offset, link)
 
     def activations_to_bounds(self) -> None:
         for node in list(self.graph.node):
@@ -116,7 +145,8 @@ class _Rewriter:
 
     def _tighten(self, clip: onnx.NodeProto, bounds: list[int]) -> None:
         lowest, highest = (int(self.constants[name]) for name in clip.input[1:])
-        for i, (kind, value) in enumerate((("lowest", max(lowest, bounds[0])), ("highest", min(highest, bounds[1])))):
+        # Bounds outside the grid are cut to it, lest the lowest code exceed the highest.
+        for i, (kind, value) in enumerate(zip(("lowest", "highest"), np.clip(bounds, lowest, highest), strict=True)):
             name = f"{clip.name}.{kind}"
             self.constants[name] = np.array(value, np.uint8)
             clip.input[1 + i] = name
@@ -141,12 +171,22 @@ def place(model: onnx.ModelProto, float_sites: set[str]) -> Artefact:
     rewriter = _Rewriter(_copy(model), float_sites)
     rewriter.drop_float_sites()
     rewriter.note_codes()
-    rewriter.activations_to_bounds()
     rewriter.merge_twins()
+    rewriter.pools_on_codes()
+    rewriter.activations_to_bounds()
     rewriter.drop_idle_clips()
     rewriter.drop_unused_constants()
     onnx.checker.check_model(rewriter.model)
-    return Artefact(rewriter.model, rewriter.codes)
+    return Artefact(rewriter.model, rewriter.codes, rewriter.pools)
+
+
+def _pooled(graph: onnx.GraphProto, codes: str, pool: onnx.NodeProto) -> str:
+    """Add a copy of the pool that reads these codes; the site's own codes are what it returns."""
+    copied = onnx.NodeProto()
+    copied.CopyFrom(pool)
+    copied.name, copied.input[0], copied.output[0] = f"{pool.name}/codes", codes, f"{codes}/pooled"
+    graph.node.append(copied)
+    return copied.output[0]
 
 
 def _copy(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 
@@ -15,10 +16,10 @@ aten = torch.ops.aten
 CONVOLUTIONS = (aten.conv2d.default, aten.conv2d.padding)
 BATCHNORMS = (aten.batch_norm.default,)
 ADDITIONS = (aten.add.Tensor, aten.add_.Tensor)
-# Operators that an engine fuses into the layer before them or drops at inference.
+# Operators that an engine fuses into the layer before them, drops at inference, or runs on codes.
 TRANSPARENT = (
     *BATCHNORMS, aten.relu.default, aten.relu_.default, aten.hardtanh.default, aten.hardtanh_.default,
-    aten.clamp.default, aten.dropout.default,
+    aten.clamp.default, aten.dropout.default, aten.max_pool2d.default,
 )  # fmt: skip
 
 
@@ -63,7 +64,10 @@ class Dataflow:
                 source = node.args[0]
                 if source.target in (*CONVOLUTIONS, aten.linear.default) and len(source.users) == 1:
                     layer, norm = self.layer(source), self.layer(node)
-                    if len(self.calls[layer]) == len(self.calls[norm]) == 1:
+                    # BatchNorm's channels are dimension 1, a linear layer's the last.
+                    same = source.target in CONVOLUTIONS or node.meta["val"].dim() == 2
+                    known = type(self.modules.get(layer)) in (nn.Conv2d, nn.Linear)
+                    if same and known and len(self.calls[layer]) == len(self.calls[norm]) == 1:
                         pairs[layer] = norm
         return pairs
 
@@ -99,12 +103,13 @@ class Dataflow:
 
     def functional_additions(self) -> list[str]:
         """Additions of two computed tensors outside `Add` modules, each as "module: source line"."""
+        inputs = self.program.graph_signature.user_inputs
         return [
             f"{self.layer(node) or 'the model itself'} ({_source(node)})"
             for node in self.nodes
             if node.target in ADDITIONS
             and not isinstance(self.modules.get(self.layer(node)), Add)
-            and all(isinstance(a, fx.Node) and a.op == "call_function" for a in node.args[:2])
+            and all(isinstance(a, fx.Node) and (a.op == "call_function" or a.name in inputs) for a in node.args[:2])
         ]
 
     def macs(self) -> dict[str, int]:
@@ -144,7 +149,7 @@ def additions_to_modules(model: nn.Module, flow: Dataflow) -> tuple[nn.Module, s
         return model, f"additions that stay in float, because fx cannot trace the model ({why}): {'; '.join(found)}"
     ShapeProp(traced).propagate(flow.example)
     for number, node in enumerate([n for n in traced.graph.nodes if _adds_tensors(n)]):
-        name = f"add_{number}"
+        name = next(n for n in (f"add_{k}" for k in itertools.count(number)) if not hasattr(traced, n))
         traced.add_submodule(name, Add())
         with traced.graph.inserting_after(node):
             module = traced.graph.call_module(name, tuple(node.args[:2]))
@@ -153,7 +158,14 @@ def additions_to_modules(model: nn.Module, flow: Dataflow) -> tuple[nn.Module, s
     for node in traced.graph.nodes:
         node.meta.clear()  # an export would trust it for the names of modules, and it knows only the outermost
     traced.recompile()
-    return traced, None
+    with torch.no_grad():
+        if not torch.equal(traced(flow.example), model(flow.example)):
+            return (
+                model,
+                f"additions that stay in float, because they change a tensor that is read again: {'; '.join(found)}",
+            )
+    left = Dataflow(traced, flow.example).functional_additions()
+    return traced, f"additions that stay in float, because of their arguments: {'; '.join(left)}" if left else None
 
 
 def _adds_tensors(node: fx.Node) -> bool:
@@ -163,6 +175,8 @@ def _adds_tensors(node: fx.Node) -> bool:
     is_add = (node.op == "call_function" and node.target in functions) or (
         node.op == "call_method" and node.target in ("add", "add_")
     )
-    return is_add and not node.kwargs and all(
-        isinstance(a, fx.Node) and "tensor_meta" in a.meta and a.op != "get_attr" for a in node.args[:2]
+    return (
+        is_add
+        and not node.kwargs
+        and all(isinstance(a, fx.Node) and "tensor_meta" in a.meta and a.op != "get_attr" for a in node.args[:2])
     )
