@@ -12,7 +12,7 @@ from qexp.metrics.sqnr import QuantizationNoise
 from qexp.quant.affine import QParams
 from qexp.quant.convert import layers, quantizers
 from qexp.quant.grid import IntegerGrid
-from qexp.quant.quantizer import Mode
+from qexp.quant.quantizer import Mode, Quantizer
 
 
 def clipped(x: Tensor, qparams: QParams, grid: IntegerGrid) -> Tensor:
@@ -24,27 +24,22 @@ def clipped(x: Tensor, qparams: QParams, grid: IntegerGrid) -> Tensor:
 @contextmanager
 def measuring_sites(model: nn.Module) -> Iterator[dict[str, QuantizationNoise]]:
     """Site -> noise; activations add up inside the block, weights are measured once when it starts."""
-    found: dict[str, QuantizationNoise] = {}
+    found = {quantizer.site: QuantizationNoise() for quantizer in quantizers(model) if quantizer.mode is Mode.QUANTIZE}
+
+    def record(quantizer: Quantizer, x: Tensor, quantized: Tensor) -> None:
+        found[quantizer.site].update(x, quantized, clipped(x, quantizer.qparams, quantizer.grid))
+
     hooks = []
-    for quantizer in quantizers(model):
-        if quantizer.mode is Mode.QUANTIZE:
-            found[quantizer.site] = noise = QuantizationNoise()
-
-            def record(site, inputs, output, noise=noise) -> None:
-                noise.update(inputs[0], output, clipped(inputs[0], site.qparams, site.grid))
-
-            if quantizer.shape:
-                continue
-            hooks.append(quantizer.register_forward_hook(record))
-    with torch.no_grad():
-        for name, layer in layers(model):
-            quantizer = getattr(layer, "weight_quantizer", None)
-            if quantizer is not None and quantizer.mode is Mode.QUANTIZE:
-                weight = layer.weight.detach()
-                found[f"{name}.weight"].update(
-                    weight, quantizer(weight), clipped(weight, quantizer.qparams, quantizer.grid)
-                )
     try:
+        for quantizer in quantizers(model):
+            if quantizer.site in found and not quantizer.shape:
+                hook = lambda site, inputs, output: record(site, inputs[0], output)  # noqa: E731
+                hooks.append(quantizer.register_forward_hook(hook))
+        with torch.no_grad():
+            for _, layer in layers(model):
+                quantizer = getattr(layer, "weight_quantizer", None)
+                if quantizer is not None and quantizer.site in found:
+                    record(quantizer, layer.weight.detach(), quantizer(layer.weight))
         yield found
     finally:
         for hook in hooks:

@@ -1,4 +1,4 @@
-"""From statistics to a clipping range [lo, hi]; importing this file needs no torch, so a wrong option is refused at once."""
+"""From statistics to a clipping range [lo, hi]; importing this needs no torch, so a wrong option is refused at once."""
 
 from __future__ import annotations
 
@@ -50,8 +50,10 @@ class Percentile(Calibration):
     percentile: float = 99.99
 
     def __post_init__(self) -> None:
-        if isinstance(self.percentile, bool) or not isinstance(self.percentile, (int, float)) or not (
-            50 < self.percentile <= 100
+        if (
+            isinstance(self.percentile, bool)
+            or not isinstance(self.percentile, (int, float))
+            or not (50 < self.percentile <= 100)
         ):
             raise ValueError(f"percentile={self.percentile!r}: allowed are numbers above 50 and up to 100")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,10 +49,13 @@ def fold_batchnorm_(model: nn.Module, flow: Dataflow) -> None:
             factor = (norm.running_var.double() + norm.eps).rsqrt()
             if norm.weight is not None:
                 factor = factor * norm.weight.double()
-            bias = -norm.running_mean.double() if layer.bias is None else layer.bias.double() - norm.running_mean.double()
+            bias = (
+                -norm.running_mean.double() if layer.bias is None else layer.bias.double() - norm.running_mean.double()
+            )
             bias = bias * factor + (norm.bias.double() if norm.bias is not None else 0.0)
             shape = (-1, *[1] * (layer.weight.dim() - 1))
-            layer.weight.copy_(layer.weight.double() * factor.view(shape))
+            # A new parameter, because another layer may share the old one.
+            layer.weight = nn.Parameter((layer.weight.double() * factor.view(shape)).to(layer.weight.dtype))
             layer.bias = nn.Parameter(bias.to(layer.weight.dtype))
         parent, _, child = norm_name.rpartition(".")
         setattr(model.get_submodule(parent), child, nn.Identity())
@@ -144,6 +148,7 @@ def calibrating(model: nn.Module) -> Iterator[nn.Module]:
     """
     modes = {quantizer: quantizer.mode for quantizer in quantizers(model)}
     weights = {layer.weight_quantizer: layer.weight for _, layer in layers(model) if hasattr(layer, "weight_quantizer")}
+    before = {quantizer: copy.deepcopy(quantizer.state_dict()) for quantizer in modes}
     try:
         for quantizer in modes:
             quantizer.mode = Mode.OFF if quantizer in weights else Mode.OBSERVE
@@ -157,6 +162,7 @@ def calibrating(model: nn.Module) -> Iterator[nn.Module]:
     except BaseException:
         for quantizer, mode in modes.items():
             quantizer.mode = mode
+            quantizer.load_state_dict(before[quantizer])
             quantizer.observer.reset()
         raise
     set_mode_(model, Mode.QUANTIZE)
@@ -168,10 +174,13 @@ def _fit_biases_(model: nn.Module) -> None:
         if getattr(layer, "bias", None) is None or not isinstance(layer.input_quantizer, Quantizer):
             continue
         quantizer = layer.weight_quantizer
-        needed = layer.bias.detach().abs() / (Int32.quant_max * layer.input_quantizer.scale)
+        # S_x S_w stays a normal number, also without a bias.
+        needed = (layer.bias.detach().abs() / Int32.quant_max).clamp(min=2.0**-126) / layer.input_quantizer.scale
         needed = needed.amax() if quantizer.scale.numel() == 1 else needed.view(quantizer.scale.shape)
+        # A channel of zeros has the scale that its bias needs.
+        scale = quantizer.scale.where(quantizer.lo.ne(0) | quantizer.hi.ne(0), quantizer.scale.new_zeros(()))
         # Codes are q = round(w / S) + Z whatever S is, so only S grows; a dead channel's codes stay at Z.
-        quantizer.scale.copy_(quantizer.scale.maximum(needed * (1 + 1e-6)))
+        quantizer.scale.copy_(scale.maximum((needed * (1 + 1e-6)).clamp(2.0**-126)))
 
 
 def prepare_export_(model: nn.Module) -> None:

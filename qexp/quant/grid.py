@@ -27,7 +27,10 @@ CONVENTIONS = {
         lambda b: (2**b - 1) / 2, lambda b: -(2 ** (b - 1)), lambda b: 2 ** (b - 1) - 1, "torch.ao, compressed-tensors"
     ),
     "restricted": Convention(
-        lambda b: 2 ** (b - 1) - 1, lambda b: -(2 ** (b - 1) - 1), lambda b: 2 ** (b - 1) - 1, "Wu et al. 2020; TensorRT"
+        lambda b: 2 ** (b - 1) - 1,
+        lambda b: -(2 ** (b - 1) - 1),
+        lambda b: 2 ** (b - 1) - 1,
+        "Wu et al. 2020; TensorRT",
     ),
     "wide_codes": Convention(
         lambda b: 2 ** (b - 1) - 1, lambda b: -(2 ** (b - 1)), lambda b: 2 ** (b - 1) - 1, "modelopt, quanto"

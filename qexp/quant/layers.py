@@ -10,6 +10,7 @@ from qexp.quant import onnx_form
 from qexp.quant.affine import QParams, fake_quantize, quantize
 from qexp.quant.quantizer import Mode, Quantizer
 
+
 class Add(nn.Module):
     """The sum of two tensors as a module, so that a residual connection has a name and its inputs can be quantized.
 

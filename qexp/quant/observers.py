@@ -107,7 +107,9 @@ class HistogramObserver(MinMaxObserver):
         magnitude = self.lo.neg().maximum(self.hi)
         self._widen(int(torch.frexp(magnitude).exponent) if magnitude > 0 else None, first)
         # A product with a power of two is exact: which bin a value falls into is not a matter of rounding.
-        index = torch.ldexp(x, 14 - self.exponent).floor_().long().add_(self.bins)
+        index = torch.ldexp(x, 14 - self.exponent).floor_().long()
+        # A product that underflows still lies on its side of zero.
+        index.masked_fill_((index == 0) & (x < 0), -1).add_(self.bins)
         self.counts += torch.bincount(index, minlength=2 * self.bins)
         zeros = (x == 0).sum()
         self.counts[self.bins] -= zeros

@@ -28,7 +28,7 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Which layers get which quantizers; `exclude` holds layer names or patterns (`stage1`, `*.conv1`) that stay in float.
+    """Which layers get which quantizers; layers whose name fits `exclude` (`stem`, `*.conv1`) stay in float.
 
     Errors: ValueError for a granularity that no layer here can compute with.
     """
@@ -44,7 +44,7 @@ class Recipe:
             )
         if self.weight.granularity not in (PerTensor(), PerChannel(0)):
             raise ValueError(
-                f"granularity.weight={self.weight.granularity}: weights are quantized per_tensor or per_channel (axis 0)"
+                f"granularity.weight={self.weight.granularity}: weights are quantized per_tensor or per_channel(axis=0)"
             )
 
     def excludes(self, name: str) -> bool:
