@@ -1,0 +1,121 @@
+"""quantize, dequantize and fake_quantize against rational arithmetic and against torch's own operators."""
+
+import numpy as np
+import pytest
+import torch
+
+from qexp.quant.affine import QParams, dequantize, fake_quantize, quantize
+from qexp.quant.grid import CONVENTIONS, IntegerGrid
+
+EVERY_GRID = pytest.mark.parametrize(
+    "grid", [IntegerGrid(bits, name) for bits in range(2, 9) for name in CONVENTIONS], ids=str
+)
+RANGES = [(-1.0, 1.0), (-0.3, 2.7), (0.0, 6.0), (-5.0, -1.0), (3.0, 4.0), (-1e-38, 1e-38), (-1e30, 2e30)]
+
+
+def awkward_values(scale, zero_point, grid):
+    """Ties and their neighbours for every code and beyond, edges, denormals, zeros, large and random ones."""
+    codes = np.arange(grid.quant_min - 3, grid.quant_max + 4)[:: 1 if grid.bits < 6 else 7] - zero_point
+    ties = ((codes + 0.5) * scale).astype(np.float32)
+    near = [ties, np.nextafter(ties, np.float32(np.inf)), np.nextafter(ties, np.float32(-np.inf))]
+    random = (np.random.default_rng(0).normal(size=60) * scale * 2**grid.bits / 3).astype(np.float32)
+    edges = np.array([0.0, -0.0, 1e-45, -1e-45, 1e-39, -1e-39, 2.0**-126, 2e30, -2e30], np.float32)
+    values = np.concatenate([*near, (codes * scale).astype(np.float32), random, edges])
+    return torch.from_numpy(values[np.abs(values) < 2.0**100 * np.float64(scale)])
+
+
+@EVERY_GRID
+def test_codes_and_values_equal_rational_arithmetic(grid, exact):
+    for lo, hi in RANGES:
+        qparams = grid.qparams(torch.tensor(lo), torch.tensor(hi))
+        scale, zero_point = qparams.scale.item(), int(qparams.zero_point)
+        x = awkward_values(np.float32(scale), zero_point, grid)
+        codes = quantize(x, qparams, grid)
+        lowest, highest = exact.codes_of(grid.bits, grid.convention)
+        expected = [exact.quantize(v, scale, zero_point, lowest, highest) for v in x.tolist()]
+        assert codes.tolist() == expected
+        values = [float(exact.dequantize(code, scale, zero_point)) for code in expected]
+        assert dequantize(codes, qparams).tolist() == values
+        assert fake_quantize(x, qparams, grid).tolist() == values
+
+
+def test_the_quotient_is_a_division_and_not_a_product_with_the_reciprocal():
+    scale = torch.tensor(float(np.float32(1) / np.float32(255)))
+    x = (torch.arange(-20_000, 20_000) + 0.5) * scale
+    by_division = np.rint(x.numpy() / scale.numpy())
+    by_reciprocal = np.rint(x.numpy() * (np.float32(1) / scale.numpy()))
+    wide = type("Wide", (), {"quant_min": -(2**20), "quant_max": 2**20})
+    codes = quantize(x, QParams(scale, torch.tensor(0.0)), wide).numpy()
+    assert (by_division != by_reciprocal).any()
+    assert np.array_equal(codes, by_division)
+
+
+def test_ties_go_to_the_even_quotient_before_the_zero_point_is_added():
+    grid = IntegerGrid(8, "affine")
+    codes = quantize(torch.tensor([0.5, 1.5, 2.5, -0.5]), QParams(torch.tensor(1.0), torch.tensor(3.0)), grid)
+    assert codes.tolist() == [3, 5, 5, 3]
+
+
+def test_an_infinite_quotient_saturates_and_a_nan_stays_one():
+    grid, qparams = IntegerGrid(8), QParams(torch.tensor(2.0**-126), torch.tensor(0.0))
+    assert quantize(torch.tensor([1e30, -1e30]), qparams, grid).tolist() == [127, -127]
+    assert fake_quantize(torch.tensor([torch.nan]), qparams, grid).isnan().all()
+
+
+def rounds_apart(x, scale):
+    """Where x / S and x * (1 / S), each rounded to float32, have different nearest integers."""
+    x, scale = x.detach().numpy(), np.asarray(scale, np.float32)
+    return torch.from_numpy(np.rint(x / scale) != np.rint(x * (np.float32(1) / scale)))
+
+
+def a_million_values(scale):
+    """Normal values, a hundredth of them moved onto ties."""
+    x = torch.randn(1000, 1000, generator=torch.Generator().manual_seed(0)) * 60 * scale
+    ties = ((x[:, :10] / scale).floor() + 0.5) * scale
+    return torch.cat([ties, x[:, 10:]], 1).requires_grad_()
+
+
+def assert_equal_except_where_the_quotients_round_apart(x, scale, ours, theirs):
+    gradients = [torch.autograd.grad((y * torch.arange(1.0, 1001)).sum(), x)[0] for y in (ours, theirs)]
+    apart = rounds_apart(x, scale.numpy())
+    assert 0 < apart.sum() < 10_000
+    assert torch.equal(ours[~apart], theirs[~apart])
+    assert torch.equal(gradients[0][~apart], gradients[1][~apart])
+    # Where they part, it is by one step.
+    assert ((ours - theirs).abs() <= scale * 1.001).all()
+
+
+@pytest.mark.parametrize(
+    ("grid", "zero_point"),
+    [(IntegerGrid(8, "affine"), 121), (IntegerGrid(8, "wide_codes"), 0), (IntegerGrid(4), 0)],
+)
+def test_fake_quantize_equals_torch_per_tensor_in_value_and_gradient(grid, zero_point):
+    scale = torch.tensor(0.0123)
+    x = a_million_values(scale)
+    ours = fake_quantize(x, QParams(scale, torch.tensor(float(zero_point))), grid)
+    theirs = torch.fake_quantize_per_tensor_affine(x, scale.item(), zero_point, grid.quant_min, grid.quant_max)
+    assert_equal_except_where_the_quotients_round_apart(x, scale, ours, theirs)
+
+
+def test_fake_quantize_equals_torch_per_channel_in_value_and_gradient():
+    grid, generator = IntegerGrid(8, "affine"), torch.Generator().manual_seed(1)
+    scale = torch.rand(1000, generator=generator) * 0.02 + 1e-4
+    zero_point = torch.randint(0, 256, (1000,), generator=generator)
+    x = a_million_values(scale[:, None])
+    ours = fake_quantize(x, QParams(scale[:, None], zero_point.float()[:, None]), grid)
+    theirs = torch.fake_quantize_per_channel_affine(x, scale, zero_point.int(), 0, 0, 255)
+    assert_equal_except_where_the_quotients_round_apart(x, scale[:, None], ours, theirs)
+
+
+def test_the_gradient_passes_up_to_the_last_tie_and_stops_after_it():
+    x = torch.tensor([7.5, 7.4999995, 7.51, 6.0, -7.5, -7.6], requires_grad=True)
+    fake_quantize(x, QParams(torch.tensor(1.0), torch.tensor(0.0)), IntegerGrid(4)).sum().backward()
+    # 7.5 rounds to the even 8, which is clamped.
+    assert x.grad.tolist() == [0, 1, 0, 1, 0, 0]
+
+
+def test_the_input_is_left_as_it_was():
+    x = torch.tensor([0.3, 99.0])
+    fake_quantize(x, QParams(torch.tensor(1.0), torch.tensor(0.0)), IntegerGrid(4))
+    quantize(x, QParams(torch.tensor(1.0), torch.tensor(0.0)), IntegerGrid(4))
+    assert x.tolist() == [torch.tensor(0.3).item(), 99.0]
