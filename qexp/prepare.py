@@ -1,22 +1,27 @@
-"""Data, network and Lightning trainers from their config sections; the float network comes from the cache or is trained."""
+"""Data, network and Lightning trainers from their config sections; the float network is trained once, then cached."""
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from hydra.utils import get_object
+from hydra._internal.utils import _locate
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from qexp.engines.base import Engine
 from qexp.machine import versions
+from qexp.quant.convert import refuse_unquantizable
 from qexp.report import terminal
 from qexp.settings import ConfigError, Settings, build
-from qexp.store import FloatCache
+from qexp.store import FloatCache, StoreError
 from qexp.tasks.fp32 import Float32Task
 from qexp.tasks.progress import TellProgress
 
@@ -38,7 +43,7 @@ def data_module(config: dict[str, Any]) -> pl.LightningDataModule:
 
 
 def calibration_loader(data: pl.LightningDataModule, seed: int) -> DataLoader:
-    """The module's own calibration loader, or 256 training samples drawn with the seed. Errors: ConfigError if empty."""
+    """The module's own calibration loader, or 256 training samples drawn by the seed. Errors: ConfigError if empty."""
     if hasattr(data, "calibration_dataloader"):
         loader = data.calibration_dataloader()
     else:
@@ -59,10 +64,7 @@ def example_images(data: pl.LightningDataModule) -> Tensor:
 def network(config: dict[str, Any], data: pl.LightningDataModule) -> nn.Module:
     """The untrained network; input channels and classes follow the data where its constructor has these names."""
     section = config["model"]
-    try:
-        known = inspect.signature(get_object(section["_target_"])).parameters
-    except Exception as error:  # importing a user's module may raise anything
-        raise ConfigError(f"model._target_={section['_target_']}: cannot be imported ({error})".splitlines()[0]) from None
+    known = inspect.signature(_target(section, "model")).parameters
     offered = {"num_classes": data.num_classes}
     if hasattr(data, "input_shape"):
         offered["in_channels"] = data.input_shape[0]
@@ -72,10 +74,47 @@ def network(config: dict[str, Any], data: pl.LightningDataModule) -> nn.Module:
     return net
 
 
-def trainer(
-    config: dict[str, Any], update: terminal.Update, fit: bool = False, logger: Any = False
-) -> pl.Trainer:
-    """A Lightning trainer for one pass, or with fit=True for training; the passes are on the CPU, as the engines are."""
+def _target(section: dict[str, Any], key: str) -> Any:
+    try:
+        target = _locate(section["_target_"])
+    except Exception as error:  # importing a user's module may raise anything
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"{key}._target_={section['_target_']}: cannot be imported ({why})") from None
+    if not callable(target):
+        raise ConfigError(f"{key}._target_={section['_target_']}: must be a class or function")
+    return target
+
+
+def ready(settings: Settings) -> tuple[pl.LightningDataModule, nn.Module, list[Engine]]:
+    """The data, the untrained network and the engines of a run, after everything that can be refused before compute.
+
+    Errors: ConfigError.
+    """
+    config, recipe = settings.config, settings.recipe
+    trainer(config, update=lambda *_: None, fit=True)
+    engines = [build(section, f"engine.engines.{name}") for name, section in config["engine"]["engines"].items()]
+    data = data_module(config)
+    net = network(config, data)
+    if settings.method == "ptq":
+        names = [name for name, _ in net.named_modules()]
+        # A pattern may also mean an addition, which gets its name when the network is traced.
+        known = tuple(pattern for pattern in recipe.exclude if fnmatch.filter(names, pattern))
+        try:
+            refuse_unquantizable(net, replace(recipe, exclude=known))
+        except ValueError as error:
+            raise ConfigError(f"quantizer: {error}") from None
+    return data, net, engines
+
+
+def trainer(config: dict[str, Any], update: terminal.Update, fit: bool = False, logger: Any = False) -> pl.Trainer:
+    """A Lightning trainer for one pass, or with fit=True for training; passes are on the CPU, as the engines are."""
+    try:
+        return _trainer(config, update, fit, logger)
+    except MisconfigurationException as error:
+        raise ConfigError(f"trainer.accelerator={config['trainer']['accelerator']}: {error}") from None
+
+
+def _trainer(config: dict[str, Any], update: terminal.Update, fit: bool, logger: Any) -> pl.Trainer:
     return pl.Trainer(
         max_epochs=config["trainer"]["epochs"],
         accelerator=config["trainer"]["accelerator"] if fit else "cpu",
@@ -101,20 +140,28 @@ def float_cache(settings: Settings, net: nn.Module, data: pl.LightningDataModule
         "trainer": config["trainer"],
         "seed": settings.seed,
         "versions": versions(),
-        "sources": [_source_hash(thing) for thing in (type(net), type(data), Float32Task)],
-    }
+        "sources": _source_hashes(
+            _target(config["model"], "model"), _target(config["data"], "data"), Float32Task, type(data),
+            *{type(module) for module in net.modules()},
+        ),
+    }  # fmt: skip
     return FloatCache(outputs / "cache" / "float", determined_by)
 
 
-def _source_hash(kind: type) -> str | None:
-    try:
-        return hashlib.sha256(Path(inspect.getfile(kind)).read_bytes()).hexdigest()
-    except (OSError, TypeError):
-        return None
+def _source_hashes(*things: Any) -> list[str]:
+    """Hash of each file that defines one of these functions, or one of these classes and its bases."""
+    files = set()
+    for thing in things:
+        for kind in inspect.getmro(thing) if inspect.isclass(thing) else (thing,):
+            try:
+                files.add(inspect.getfile(kind))
+            except (OSError, TypeError):  # built in
+                continue
+    return sorted(hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files)
 
 
 def train_(net: nn.Module, settings: Settings, data: pl.LightningDataModule, cache: FloatCache, logger: Any) -> None:
-    """Give the network its trained weights. Errors: ValueError when training diverges, StoreError for a damaged cache."""
+    """Give the network its trained weights. Errors: ValueError if training diverges, StoreError for a damaged cache."""
     with cache.lock():
         state = cache.load()
         if state is None:
@@ -128,7 +175,10 @@ def train_(net: nn.Module, settings: Settings, data: pl.LightningDataModule, cac
             cache.save(state)
         else:
             terminal.console.print("[dim]       -[/dim]  float network from the cache")
-    net.load_state_dict(state)
+    try:
+        net.load_state_dict(state)
+    except RuntimeError:
+        raise StoreError(f"float cache {cache.folder}: holds another network; delete it to train again") from None
     net.cpu().eval()
     _require_finite(state)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +60,7 @@ CHOICES = {
     "progress": ("auto", True, False),
 }
 # key -> (type, smallest allowed value, whether that value itself is allowed)
-NUMBERS = {
+NUMBERS: dict[str, tuple[type, float, bool]] = {
     "seed": (int, 0, True),
     "engine.threads": (int, 1, True),
     "engine.batch_size": (int, 1, True),
@@ -69,6 +70,7 @@ NUMBERS = {
     "trainer.weight_decay": (float, 0, True),
     "trainer.threads": (int, 1, True),
 }
+MAX_SEED = 2**32 - 1  # of numpy
 
 
 def settings(config: DictConfig) -> Settings:
@@ -76,9 +78,9 @@ def settings(config: DictConfig) -> Settings:
     try:
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
-        raise ConfigError(f"{str(error).split(':')[-1].strip()}: a value must be given") from None
+        raise ConfigError(f"{error.full_key}: a value must be given") from None
     except OmegaConfBaseException as error:
-        raise ConfigError(str(error).splitlines()[0]) from None
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
     _check_keys(plain)
     for key, allowed in CHOICES.items():
         _check_choice(plain, key, allowed)
@@ -86,13 +88,15 @@ def settings(config: DictConfig) -> Settings:
         _check_number(plain, key, *bounds)
     if not isinstance(plain["paths"]["outputs"], str) or not plain["paths"]["outputs"]:
         raise ConfigError(f"paths.outputs={plain['paths']['outputs']!r}: must be the path of a folder")
+    if plain["seed"] > MAX_SEED:
+        raise ConfigError(f"seed={plain['seed']}: must be at most {MAX_SEED}")
+    _check_targets(plain)
     return Settings(plain, plain["method"]["name"], _recipe(plain), plain["seed"])
 
 
 def build(section: dict[str, Any], key: str, **more: Any) -> Any:
     """Make the object that a section describes by `_target_`. Errors: ConfigError naming the key."""
-    if not isinstance(section, dict) or not isinstance(section.get("_target_"), str):
-        raise ConfigError(f"{key}: must hold a _target_, the import path of a class, but is {section!r}")
+    _check_target(section, key)
     try:
         return instantiate(section, **more, _convert_="all")
     except InstantiationException as error:
@@ -100,14 +104,32 @@ def build(section: dict[str, Any], key: str, **more: Any) -> Any:
 
 
 def _reason(error: InstantiationException, section: dict[str, Any], key: str) -> str:
-    cause = error.__cause__
-    text = str(cause if cause is not None else error).splitlines()[0]
+    cause = error.__cause__ or error
+    text = " ".join(str(cause).split())
     if isinstance(cause, TypeError) and "unexpected keyword argument" in text:
         option = text.split("'")[1]
         return f"{key}.{option}={section.get(option)!r}: {section['_target_']} has no such option"
-    if isinstance(cause, (ValueError, OSError)):
+    if isinstance(cause, (ValueError, OSError)) and re.match(rf"({re.escape(key)}\.)?\w+=", text):
         return text if text.startswith(f"{key}.") else f"{key}.{text}"
-    return f"{key}: {section['_target_']} cannot be made ({text})"
+    return f"{key}._target_={section['_target_']}: cannot be made ({type(cause).__name__}: {text})"
+
+
+def _check_target(section: Any, key: str) -> None:
+    target = section.get("_target_") if isinstance(section, dict) else None
+    if not isinstance(target, str) or not re.fullmatch(r"\w+(\.\w+)+", target):
+        raise ConfigError(f"{key}: must hold a _target_, the import path of a class or function, but is {section!r}")
+
+
+def _check_targets(plain: dict[str, Any]) -> None:
+    """The form of what only torch can build, and the logger, which needs no torch."""
+    for key in "model", "data":
+        _check_target(plain[key], key)
+    engines = plain["engine"]["engines"]
+    if not isinstance(engines, dict):
+        raise ConfigError(f"engine.engines={engines!r}: must hold one section for each engine")
+    for name, section in engines.items():
+        _check_target(section, f"engine.engines.{name}")
+    build(plain["logger"], "logger")
 
 
 def _recipe(plain: dict[str, Any]) -> Recipe:
@@ -132,24 +154,29 @@ def _check_keys(plain: dict[str, Any]) -> None:
     for key, value in plain.items():
         if key not in SECTIONS:
             raise ConfigError(f"{key}={value!r}: no such key; allowed are {', '.join(SECTIONS)}")
-        allowed = SECTIONS[key]
-        if allowed == ():
-            continue
-        if not isinstance(value, dict):
-            raise ConfigError(f"{key}={value!r}: no such option")
-        unknown = [name for name in value if allowed is not None and name not in allowed]
-        if unknown:
-            raise ConfigError(f"{key}.{unknown[0]}: no such key; allowed are {', '.join(allowed)}")
-    for key in SECTIONS:
+    for key, allowed in SECTIONS.items():
         if key not in plain:
             raise ConfigError(f"{key}: is missing from the config")
+        if allowed != ():
+            _check_section(key, plain[key], allowed)
+
+
+def _check_section(key: str, section: Any, allowed: tuple[str, ...] | None) -> None:
+    if not isinstance(section, dict):
+        raise ConfigError(f"{key}={section!r}: must be a section of keys")
+    if allowed is None:
+        return
+    for name in section:
+        if name not in allowed:
+            raise ConfigError(f"{key}.{name}: no such key; allowed are {', '.join(allowed)}")
+    for name in allowed:
+        if name not in section:
+            raise ConfigError(f"{key}.{name}: is missing from the config")
 
 
 def _lookup(plain: dict[str, Any], key: str) -> Any:
     value: Any = plain
     for name in key.split("."):
-        if name not in value:
-            raise ConfigError(f"{key}: is missing from the config")
         value = value[name]
     return value
 
@@ -170,5 +197,3 @@ def _check_number(plain: dict[str, Any], key: str, kind: type, least: float, inc
 
 def _last_name(target: str) -> str:
     return target.rpartition(".")[2]
-
-

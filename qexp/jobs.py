@@ -1,0 +1,150 @@
+"""Composes and checks every job of a call before the first one starts; what Hydra refuses becomes one sentence."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from hydra.version import setbase
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from qexp.settings import ConfigError, Settings, settings
+
+NO_PAIR = "must be KEY=VALUE; qexp --help shows the keys"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a call: what was chosen on the command line for it, and its settings."""
+
+    choice: dict[str, str]
+    settings: Settings
+
+
+def conf_dir() -> str:
+    """The folder of the configs: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / "conf"
+    return str(inside if inside.is_dir() else package.parent / "conf")
+
+
+def compose_jobs(overrides: list[str], multirun: bool, config_dir: str | None = None) -> list[Job]:
+    """Every job of a call, composed and checked. Errors: ConfigError."""
+    start_hydra(config_dir)
+    parsed, swept = _parsed(overrides), swept_of(overrides)
+    first = composed([text for text in overrides if text not in swept], return_hydra_config=True)
+    if not multirun and first.hydra.mode != RunMode.MULTIRUN:
+        if swept:
+            raise ConfigError(f"{swept[0]}: several values are a sweep, which needs -m (--multirun)")
+        return [Job({}, settings(OmegaConf.masked_copy(first, [key for key in first if key != "hydra"])))]
+    grid = _parsed([f"{key}={value}" for key, value in (first.hydra.sweeper.params or {}).items()]) + parsed
+    last = {override.get_key_element(): override for override in grid}  # which wins
+    varied = {key for key, override in last.items() if override.is_sweep_override()}
+    try:
+        (lines,) = BasicSweeper.split_arguments(grid, max_batch_size=None)
+    except HydraException as error:
+        raise ConfigError(explained(error)) from None
+    if "experiment" in varied:
+        _refuse_nested(last["experiment"])
+    return [Job(_choice(line, varied), settings(composed(list(line)))) for line in lines]
+
+
+def _refuse_nested(chosen: Override) -> None:
+    """Hydra would run each experiment once and forget the sweep inside it."""
+    for name in chosen.sweep_string_iterator():
+        if composed([f"experiment={name}"], return_hydra_config=True).hydra.sweeper.params:
+            raise ConfigError(f"experiment={name}: is a sweep of its own; run one such experiment at a time")
+
+
+def start_hydra(config_dir: str | None) -> None:
+    """Let Hydra look into qexp's configs and the user's folder. Errors: ConfigError."""
+    path = create_config_search_path(conf_dir())
+    if config_dir is not None:
+        if not config_dir or not Path(config_dir).is_dir():
+            raise ConfigError(f"--config-dir={config_dir}: no such folder")
+        path.prepend("command-line", f"file://{Path(config_dir).resolve()}", anchor="schema")
+    setbase("1.3")
+    GlobalHydra.instance().clear()
+    Hydra.create_main_hydra2("qexp", path)
+
+
+def is_sweep(jobs: list[Job]) -> bool:
+    """Whether the jobs come from a grid."""
+    return any(job.choice for job in jobs) or len(jobs) > 1
+
+
+def _parsed(overrides: list[str]) -> list[Override]:
+    """The overrides in Hydra's grammar. Errors: ConfigError for what it cannot read, and for deletions."""
+    parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+    found = []
+    for text in overrides:
+        try:
+            found += parser.parse_overrides([text])
+        except HydraException as error:
+            why = f"cannot be read ({str(error).splitlines()[0]})" if "=" in text else NO_PAIR
+            raise ConfigError(f"{text}: {why}") from None
+        if found[-1].is_delete():
+            raise ConfigError(f"{text}: a key cannot be deleted; give it another value")
+        if text.startswith("="):
+            raise ConfigError(f"{text}: {NO_PAIR}")
+    return found
+
+
+def swept_of(overrides: list[str]) -> list[str]:
+    """Those that hold several values."""
+    return [str(override.input_line) for override in _parsed(overrides) if override.is_sweep_override()]
+
+
+def composed(overrides: list[str], **options: Any) -> DictConfig:
+    """The config that these overrides make. Errors: ConfigError."""
+    try:
+        return compose("config", overrides=overrides, **options)
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(explained(error)) from None
+    except ValueError as error:  # how Hydra says that a group is set to null or to a number
+        allowed = GlobalHydra.instance().config_loader().get_group_options
+        for text in overrides:
+            if names := allowed(text.partition("=")[0]):
+                raise ConfigError(f"{text}: no such option; allowed are {', '.join(names)}") from None
+        raise ConfigError(str(error)) from None
+
+
+def _choice(line: list[str], varied: set[str]) -> dict[str, str]:
+    pairs = [override.partition("=") for override in line]
+    return {key: value for key, _, value in pairs if key in varied}
+
+
+def explained(error: Exception) -> str:
+    """One sentence of one of Hydra's pages."""
+    text = str(error)
+    missing = re.search(r"Could not find '((?:hydra/)?[^'/]+)/([^']*)'", text)
+    if missing:
+        options = [] if "/" in missing[2] else re.findall(r"^\t(\S+)$", text, re.MULTILINE)
+        allowed = f"; allowed are {', '.join(options)}" if options else ""
+        return f"{missing[1]}={missing[2]}: no such option{allowed}"
+    unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
+    if unknown:
+        return f"{unknown[1]}: no such key{_siblings(unknown[1])}"
+    if error.__cause__ is not None:  # which says what Hydra met, after Hydra has said where
+        text = f"{text} ({str(error.__cause__).splitlines()[0]})"
+    return re.sub(r"\s+", " ", re.split(r"See https|Config search path", text)[0]).strip()
+
+
+def _siblings(key: str) -> str:
+    node: Any = compose("config")
+    for name in key.split(".")[:-1]:
+        node = node.get(name) if isinstance(node, DictConfig) else None
+    return f"; allowed are {', '.join(map(str, node))}" if isinstance(node, DictConfig) else ""
