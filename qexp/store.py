@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -32,7 +34,7 @@ def run_id(config: dict) -> str:
 
 def digest(content: object) -> str:
     """Twelve hexadecimal digits of the SHA-256 of anything that JSON can say."""
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -54,21 +56,26 @@ def replacing(folder: Path) -> Iterator[Path]:
 
     A reader sees the old content or the new one, never a part of it.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+    aside, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
     try:
-        yield aside
-        os.chmod(aside, 0o755)
-        with FileLock(folder.parent / f".{folder.name}.swap"):
-            if folder.exists():
-                old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
-                os.replace(folder, old)
-                shutil.rmtree(old, ignore_errors=True)
-            os.replace(aside, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            _remove(aside, old)  # while the lock is held, these are what a killed run left
+            aside.mkdir()
+            try:
+                yield aside
+                if folder.exists():
+                    os.replace(folder, old)
+                os.replace(aside, folder)
+            finally:
+                _remove(aside, old)
     except OSError as error:
         raise StoreError(f"paths.outputs: cannot write {folder}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _remove(*folders: Path) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_metrics(run_folder: Path) -> dict | None:
@@ -78,8 +85,8 @@ def read_metrics(run_folder: Path) -> dict | None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write sorted, indented JSON. Infinite values become null, which JSON can say."""
-    finite = {k: None if isinstance(v, float) and v in (float("inf"), -float("inf")) else v for k, v in content.items()}
+    """Write sorted, indented JSON. Infinite values and NaN become null, which JSON can say."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in content.items()}
     path.write_text(json.dumps(finite, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
@@ -95,7 +102,7 @@ class FloatCache:
     def lock(self) -> Iterator[None]:
         """Held while a network is looked up or trained, so that processes which start together train it once."""
         self.root.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.root / f".{self.folder.name}.lock"):
+        with FileLock(self.root / f".{self.folder.name}.training"):
             yield
 
     def load(self) -> dict | None:
@@ -108,7 +115,10 @@ class FloatCache:
         try:
             if hashlib.sha256(weights.read_bytes()).hexdigest() != json.loads(note.read_text())["sha256"]:
                 raise ValueError("its checksum differs")
-            return torch.load(weights, weights_only=True, map_location="cpu")
+            state = torch.load(weights, weights_only=True, map_location="cpu")
+            if not isinstance(state, dict):
+                raise ValueError("it holds no weights")
+            return state
         except Exception as error:  # whatever a damaged file makes the readers raise
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise StoreError(f"float cache {weights} is damaged ({why}); delete {self.folder} to train again") from None
@@ -117,7 +127,10 @@ class FloatCache:
         """Store a state_dict."""
         import torch
 
+        weights = io.BytesIO()  # torch reports a full disk as a RuntimeError without a reason
+        torch.save(state, weights)
         with replacing(self.folder) as folder:
-            torch.save(state, folder / "weights.pt")
-            sha256 = hashlib.sha256((folder / "weights.pt").read_bytes()).hexdigest()
-            write_json(folder / "cache.json", {"sha256": sha256, "determined_by": self.determined_by})
+            (folder / "weights.pt").write_bytes(weights.getvalue())
+            sha256 = hashlib.sha256(weights.getvalue()).hexdigest()
+            note = {"sha256": sha256, "determined_by": self.determined_by}
+            (folder / "cache.json").write_text(json.dumps(note, indent=2) + "\n")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import netrc
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlparse
+
+from qexp.store import writable
 
 # Every metric a run writes, in metrics.json and in W&B alike; accuracy is a share, latency milliseconds, sizes bytes.
 METRICS = {
@@ -113,8 +114,10 @@ class Csv(NoLogger):
             old.unlink()
         self.lightning = CSVLogger(folder.parent, name=None, version=info.run_id)
         self.where = f"{folder / 'metrics.csv'}"
-        yield self
-        self.lightning.save()
+        try:
+            yield self
+        finally:
+            self.lightning.save()
 
     def metrics(self, values: dict[str, Any]) -> None:
         numbers = {k: v for k, v in values.items() if isinstance(v, (int, float))}
@@ -125,7 +128,7 @@ class Csv(NoLogger):
 class Wandb(NoLogger):
     """One W&B run per experiment, with the id of the run, so that a repeated run stays one run.
 
-    Errors: ValueError for an unknown mode, or for online without a key.
+    Errors: ValueError for an option out of range, or for online without a key.
     """
 
     project: str = "qexp"
@@ -139,24 +142,23 @@ class Wandb(NoLogger):
     def __post_init__(self) -> None:
         if self.mode not in ("auto", "online", "offline"):
             raise ValueError(f"mode={self.mode!r}: allowed are auto, online, offline")
+        if not isinstance(self.project, str) or not self.project:
+            raise ValueError(f"project={self.project!r}: must be a name")
+        if self.group is not None and not isinstance(self.group, str):
+            raise ValueError(f"group={self.group!r}: must be a name")
+        if not isinstance(self.tags, list) or not all(isinstance(tag, str) for tag in self.tags):
+            raise ValueError(f"tags={self.tags!r}: must be a list of words")
 
     @contextmanager
     def open(self, info: RunInfo) -> Iterator[Logger]:
         """Start the W&B run and finish it with the exit code of the block, whatever ends it."""
         folder = info.outputs.resolve()
-        folder.mkdir(parents=True, exist_ok=True)
         for variable, name in ("WANDB_DATA_DIR", "wandb/data"), ("WANDB_CACHE_DIR", "wandb/cache"):
-            os.environ[variable] = str(folder / name)  # otherwise staged files stay in the home directory
-            (folder / name).mkdir(parents=True, exist_ok=True)
-        import wandb
+            os.environ[variable] = str(writable(folder / name))  # otherwise staged files stay in the home directory
+        os.environ["WANDB_SILENT"] = "true"  # its setting alone leaves the lines of the login
         from pytorch_lightning.loggers import WandbLogger
 
-        online = self._online(wandb)
-        run = wandb.init(
-            project=self.project, id=info.run_id, name=info.name, dir=str(folder), resume="allow",
-            mode="online" if online else "offline", group=self.group, job_type=info.job_type,
-            tags=list(self.tags), config=info.config, settings=self._settings(wandb), reinit="finish_previous",
-        )  # fmt: skip
+        run, online = self._start(info, folder)
         self.lightning = WandbLogger(experiment=run)
         self._artifact_name = f"{info.job_type}-{info.run_id}"
         for name in METRICS:
@@ -168,6 +170,30 @@ class Wandb(NoLogger):
             code = 0
         finally:
             run.finish(exit_code=code)
+
+    def _start(self, info: RunInfo, folder: Path) -> tuple[Any, bool]:
+        """The W&B run and whether it is online; auto stays offline where W&B does not answer."""
+        import wandb
+
+        def init(mode: str) -> Any:
+            return wandb.init(
+                project=self.project, id=info.run_id, name=info.name, dir=str(folder), resume="allow", mode=mode,
+                group=self.group, job_type=info.job_type, tags=self.tags, config=info.config,
+                settings=self._settings(wandb), reinit="finish_previous",
+            )  # fmt: skip
+
+        if not self._online(wandb):
+            return init("offline"), False
+        try:
+            return init("online"), True
+        except wandb.errors.Error as error:
+            why = " ".join(str(error).split())
+            if self.mode == "online":
+                raise ValueError(f"logger.mode=online: W&B cannot be reached ({why})") from None
+            wandb.teardown()  # its service holds on to the id
+            os.environ["WANDB_MODE"] = "offline"  # the other runs of a sweep need not wait as long
+            print(f"qexp: W&B cannot be reached, the record stays offline ({why})", file=sys.stderr)
+            return init("offline"), False
 
     def _online(self, wandb) -> bool:
         if self.mode == "offline" or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
@@ -184,7 +210,9 @@ class Wandb(NoLogger):
             console="auto" if self.console else "off",
             x_disable_stats=not self.host_stats,
             x_disable_machine_info=not self.host_stats,
+            **({} if self.host_stats else {"host": ""}),
             x_transaction_log_flush_interval=0.5,
+            init_timeout=30,
         )
 
     def metrics(self, values: dict[str, Any]) -> None:
@@ -206,15 +234,9 @@ class Wandb(NoLogger):
 
 
 def _has_key(wandb) -> bool:
+    from wandb.sdk.lib.wbauth.wbnetrc import read_netrc_auth  # which knows under which names a host is filed
+
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    host = urlparse(wandb.Settings().base_url).hostname or ""
-    places = [os.environ.get("NETRC"), Path.home() / ".netrc", Path.home() / "_netrc"]
-    for place in places:
-        if place and Path(place).is_file():
-            try:
-                if netrc.netrc(place).authenticators(host):
-                    return True
-            except (netrc.NetrcParseError, OSError):
-                continue
-    return False
+    known = wandb.Settings()
+    return bool(known.api_key or read_netrc_auth(host=known.base_url))
