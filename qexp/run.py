@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from qexp import prepare, record
-from qexp.engines.base import Engine
+from qexp.engines.base import Engine, EngineRefused
 from qexp.engines.deploy import certify_deployment, deploy, measure, simulation_for
 from qexp.engines.export import export_float, export_quantized
 from qexp.engines.saturation import saturates
@@ -39,6 +39,7 @@ class Run:
     data: pl.LightningDataModule
     net: nn.Module
     flow: Dataflow
+    engines: list[Engine]  # those that have not refused the network
     reference: Tensor  # logits of the float network on the test set
     metrics: dict[str, Any] = field(default_factory=dict)
     graphs: dict[str, onnx.ModelProto] = field(default_factory=dict)  # "fp32", and engine -> its int8 graph
@@ -53,9 +54,12 @@ class Run:
         """The engine section of the config."""
         return self.settings.config["engine"]
 
-    def engines(self) -> list[Engine]:
-        """The engines of the config."""
-        return [build(section, f"engine.engines.{name}") for name, section in self.engine["engines"].items()]
+    def refused(self, what: str, engine: Engine | None = None) -> None:
+        """Go on without an engine, or with none at all, and say so in the record and on the terminal."""
+        self.engines = [other for other in self.engines if engine not in (None, other)]
+        before = self.metrics.get("engine/refused")
+        self.metrics["engine/refused"] = f"{before}; {what}" if before else what
+        terminal.output.print(f"simulation only: {what}" if engine is None else f"without {engine.name}: {what}")
 
 
 def run(settings: Settings) -> Run:
@@ -88,8 +92,7 @@ def run(settings: Settings) -> Run:
 def _float_network(settings: Settings, outputs: Path, logger: Any) -> Run:
     """Data, and the float network trained (or from the cache), evaluated and traced."""
     with terminal.stage("data and network"):
-        data = prepare.data_module(settings.config)
-        net = prepare.network(settings.config, data)
+        data, net, engines = prepare.ready(settings)
     cache = prepare.float_cache(settings, net, data, outputs)
     prepare.train_(net, settings, data, cache, logger.lightning)
     example = prepare.example_images(data)
@@ -104,22 +107,23 @@ def _float_network(settings: Settings, outputs: Path, logger: Any) -> Run:
         terminal.output.print(f"warning: {warning}")
     with terminal.stage("evaluating the float network") as update:
         task = _test(settings, data, net, update)
-    graphs = {}
-    if settings.config["engine"]["engines"]:
+    job = Run(settings, data, net, flow, engines, task.logits, {"acc/fp32": _accuracy(task)})
+    if engines:
         with terminal.stage("exporting the float network to ONNX"):
-            graphs["fp32"] = export_float(flow)
-    return Run(settings, data, net, flow, task.logits, {"acc/fp32": _accuracy(task)}, graphs)
+            try:
+                job.graphs["fp32"] = export_float(flow)
+            except NotExportable as error:
+                job.refused(str(error))
+    return job
 
 
 def _float_only(job: Run) -> None:
     """Latency of the float network in each engine."""
-    engines = job.engines()
-    if engines:
-        by_engine: dict[str, dict[str, Any]] = {}
-        winner = _measure(job, engines, by_engine)
-        for figures in by_engine.values():
-            figures["size/fp32_bytes"] = job.graphs["fp32"].ByteSize()
-        record.with_winner(job.metrics, by_engine, winner)
+    by_engine: dict[str, dict[str, Any]] = {}
+    winner = _measure(job, by_engine)
+    for figures in by_engine.values():
+        figures["size/fp32_bytes"] = job.graphs["fp32"].ByteSize()
+    record.with_winner(job.metrics, by_engine, winner)
 
 
 def _quantize(job: Run) -> None:
@@ -144,27 +148,34 @@ def _quantize(job: Run) -> None:
 
 
 def _deploy_all(job: Run) -> None:
-    """Simulate and, for each engine, deploy, certify and time; without an engine, simulate."""
-    engines, graph = job.engines(), None
-    if engines:
-        with terminal.stage("exporting the int8 network to ONNX"):
-            try:
-                graph = export_quantized(job.quantized, job.flow)
-            except NotExportable as error:
-                job.metrics["engine/refused"] = str(error)
-                terminal.output.print(f"simulation only: {error}")
-    if graph is None:
-        with terminal.stage("evaluating the simulation") as update:
-            figures, noise = _simulate(job, job.quantized, update)
-        job.metrics |= figures
-        job.rows = record.layer_rows(job.quantized, noise, job.flow.macs(), None)
-        return
+    """Simulate and, for each engine, deploy, certify and time; where no engine is left, only simulate."""
     by_engine, rows = {}, {}
-    for engine in engines:
-        by_engine[engine.name], rows[engine.name] = _deploy(job, engine, graph)
-    winner = _measure(job, engines, by_engine)
-    job.rows = rows[winner]
-    record.with_winner(job.metrics, by_engine, winner)
+    graph = _int8_graph(job)
+    for engine in list(job.engines):
+        try:
+            by_engine[engine.name], rows[engine.name] = _deploy(job, engine, graph)
+        except EngineRefused as error:
+            job.refused(str(error), engine)
+    winner = _measure(job, by_engine)
+    if winner is not None:
+        job.rows = rows[winner]
+        record.with_winner(job.metrics, by_engine, winner)
+        return
+    with terminal.stage("evaluating the simulation") as update:
+        figures, noise = _simulate(job, job.quantized, update)
+    job.metrics |= figures
+    job.rows = record.layer_rows(job.quantized, noise, job.flow.macs(), None)
+
+
+def _int8_graph(job: Run) -> onnx.ModelProto | None:
+    if not job.engines:
+        return None
+    with terminal.stage("exporting the int8 network to ONNX"):
+        try:
+            return export_quantized(job.quantized, job.flow)
+        except NotExportable as error:
+            job.refused(str(error))
+    return None
 
 
 def _deploy(job: Run, engine: Engine, graph: onnx.ModelProto) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -186,7 +197,9 @@ def _deploy(job: Run, engine: Engine, graph: onnx.ModelProto) -> tuple[dict[str,
     return figures, record.layer_rows(simulation, noise, job.flow.macs(), deployment)
 
 
-def _simulate(job: Run, model: nn.Module, update: terminal.Update) -> tuple[dict[str, Any], dict[str, QuantizationNoise]]:
+def _simulate(
+    job: Run, model: nn.Module, update: terminal.Update
+) -> tuple[dict[str, Any], dict[str, QuantizationNoise]]:
     """Test pass of a simulation: its figures, and the noise of each site."""
     with measuring_sites(model) as noise:
         task = _test(job.settings, job.data, model, update)
@@ -201,18 +214,25 @@ def _simulate(job: Run, model: nn.Module, update: terminal.Update) -> tuple[dict
     return figures, noise
 
 
-def _measure(job: Run, engines: list[Engine], by_engine: dict[str, dict[str, Any]]) -> str:
-    """Latency of all engines, interleaved; returns the name of the one that is fastest in int8."""
+def _measure(job: Run, by_engine: dict[str, dict[str, Any]]) -> str | None:
+    """Latency of all engines, interleaved; the name of the one that is fastest in what the run is about."""
     section = job.engine
     images = next(iter(job.data.test_dataloader()))[0]
     images = images.repeat(-(-section["batch_size"] // len(images)), *[1] * (images.dim() - 1))
     batch = images[: section["batch_size"]].contiguous()
-    with terminal.stage(f"latency, batch {len(batch)}, {section['threads']} thread(s), interleaved", live=False):
-        timings = measure(engines, job.graphs, job.net, batch, section["seconds"], section["threads"])
-    for engine in engines:
+    while job.engines:
+        with terminal.stage(f"latency, batch {len(batch)}, {section['threads']} thread(s), interleaved", live=False):
+            try:
+                timings = measure(job.engines, job.graphs, job.net, batch, section["seconds"], section["threads"])
+                break
+            except EngineRefused as error:
+                job.refused(str(error), error.engine)
+                by_engine.pop(error.engine.name, None)
+                job.graphs.pop(error.engine.name, None)
+    for engine in job.engines:
         by_engine.setdefault(engine.name, {}).update(record.latency_metrics(timings, engine.name))
-    kind = "int8" if "int8" in timings.names[2] else "fp32"
-    return min(by_engine, key=lambda name: by_engine[name][f"latency/{kind}_ms"])
+    timed = "latency/fp32_ms" if job.settings.method == "fp32" else "latency/int8_ms"
+    return min(by_engine, key=lambda name: by_engine[name][timed], default=None)
 
 
 def _test(settings: Settings, data: pl.LightningDataModule, net: nn.Module, update: terminal.Update) -> PTQTask:

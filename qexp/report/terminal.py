@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ output = Console(highlight=False, soft_wrap=True)
 if not output.is_terminal:
     output = Console(highlight=False, soft_wrap=True, width=120)  # in a file or a pipe nothing is narrow
 
+LOG_EVERY_S = 20
 
 Update = Callable[[int, int], None]  # called with what is done and what there is
 
@@ -48,9 +50,27 @@ def stage(what: str, live: bool = True) -> Iterator[Update]:
 
         def update(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total, count=f"{done}/{total}")
+            if not bars:
+                log(done, total)
 
+        log = _logging(what)
         yield update
     console.print(f"[dim]{time.perf_counter() - start:6.1f} s[/dim]  {what}")
+
+
+def _logging(what: str) -> Update:
+    """Where there are no bars, as in the log of a cluster: a line every now and then."""
+    start = said = time.perf_counter()
+
+    def log(done: int, total: int) -> None:
+        nonlocal said
+        now = time.perf_counter()
+        if now - said >= LOG_EVERY_S and 0 < done < total:
+            said = now
+            to_go = datetime.timedelta(seconds=round((now - start) / done * (total - done)))
+            console.print(f"[dim]         {what}: {done}/{total}, {to_go} to go[/dim]")
+
+    return log
 
 
 def _share(value: Any) -> str:
@@ -87,7 +107,7 @@ def run_table(metrics: dict[str, Any], engines: list[str], title: str) -> Table:
     row("largest step, flipped decisions", _parity_cell)
     row("multiply-accumulates in int8", lambda get: _share(get("int8/mac_coverage")))
     row("layers in float", lambda get: get("int8/island_names") or _number(get("int8/islands"), "d"))
-    row("latency fp32 -> int8", _latency_cell)
+    row("latency fp32 -> int8" if "latency/int8_ms" in metrics else "latency fp32", _latency_cell)
     row("speed-up, 95 % interval", _speedup_cell)
     row("over the best fp32", lambda get: _number(get("latency/speedup_over_best_fp32"), ".2f", "x"))
     row("size fp32 -> int8", _size_cell)
@@ -125,14 +145,16 @@ def report(job) -> None:
     """All of one run: what stayed in float, the table, where to look."""
     for name, kind, reason in job.in_float:
         output.print(f"in float: {name} ({kind}): {reason}")
-    engines = list(job.engine["engines"]) if "engine/winner" in job.metrics else []
+    engines = [engine.name for engine in job.engines]
     output.print(run_table(job.metrics, engines, job.settings.label))
     where(job)
 
 
 def where(job) -> None:
     """The one line that says where to look."""
-    look = f"; look at it with: {job.where}" if job.where.startswith("wandb leet") else f"; {job.where}" * bool(job.where)
+    look = (
+        f"; look at it with: {job.where}" if job.where.startswith("wandb leet") else f"; {job.where}" * bool(job.where)
+    )
     output.print(f"results in {job.folder}{look}")
 
 
