@@ -1,5 +1,6 @@
 """scripts/qexp, scripts/test and .ci/run, tried in a copy with a python3 that only imitates venv and pip."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -114,10 +115,8 @@ def clone(tmp_path):
     clone = Clone(tmp_path)
     yield clone
     for process in clone.started:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.communicate()
 
 
@@ -246,9 +245,7 @@ def test_works_from_another_folder_and_through_a_link(clone, tmp_path):
     link = elsewhere / "link"
     link.symlink_to("../a clone/scripts/qexp")
     assert clone.run(link, "here", cwd=elsewhere).stdout == f"qexp in {elsewhere}, 1 arguments: here\n"
-    assert (
-        clone.run("../a clone/scripts/qexp", cwd=elsewhere).stdout == f"qexp in {elsewhere}, 0 arguments:\n"
-    )
+    assert clone.run("../a clone/scripts/qexp", cwd=elsewhere).stdout == f"qexp in {elsewhere}, 0 arguments:\n"
     assert len(clone.calls("pip begins")) == 1 and clone.venv.is_dir()
 
 

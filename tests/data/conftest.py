@@ -23,9 +23,7 @@ def cifar_batches():
     """Name, pixels and labels of each CIFAR-10 file."""
     generator = np.random.default_rng(0)
     names = [f"data_batch_{number}" for number in range(1, 6)] + ["test_batch"]
-    return [
-        (name, generator.integers(0, 256, (20, 3072), dtype=np.uint8), np.arange(20) % 10) for name in names
-    ]
+    return [(name, generator.integers(0, 256, (20, 3072), dtype=np.uint8), np.arange(20) % 10) for name in names]
 
 
 @pytest.fixture

@@ -88,11 +88,7 @@ def test_augmentation_shifts_and_flips_and_can_be_switched_off(cifar_root):
         padded = black.clone()
         padded[:, 4:36, 4:36] = original
         padded = padded.flip(2) if flip else padded
-        views |= {
-            padded[:, y : y + 32, x : x + 32].contiguous().numpy().tobytes()
-            for y in range(9)
-            for x in range(9)
-        }
+        views |= {padded[:, y : y + 32, x : x + 32].contiguous().numpy().tobytes() for y in range(9) for x in range(9)}
     drawn = {augmented.splits[0][0, seed][0].contiguous().numpy().tobytes() for seed in range(300)}
     assert drawn <= views
     assert len(drawn) > 100
@@ -116,9 +112,7 @@ def test_a_malicious_pickle_is_refused_before_it_runs(tmp_path, place, cifar_bat
         "beside the images": {**good, b"x": attack},
     }
     path.write_bytes(pickle.dumps(bad[place], protocol=4))
-    with pytest.raises(
-        ValueError, match=f"^data.root: {path} was refused, it asks for posix.mkdir, .* allowed$"
-    ):
+    with pytest.raises(ValueError, match=f"^data.root: {path} was refused, it asks for posix.mkdir, .* allowed$"):
         CIFAR10(root).setup()
     assert not (tmp_path / "attacked").exists()
 
@@ -162,9 +156,7 @@ def test_a_missing_batch_and_a_folder_without_batches_are_named(cifar_root, tmp_
         CIFAR10(cifar_root).setup()
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(
-        FileNotFoundError, match="holds neither cifar-10-batches-bin nor cifar-10-batches-py$"
-    ):
+    with pytest.raises(FileNotFoundError, match="holds neither cifar-10-batches-bin nor cifar-10-batches-py$"):
         CIFAR10(empty).setup()
 
 

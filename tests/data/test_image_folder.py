@@ -17,7 +17,7 @@ def test_classes_are_numbered_by_sorted_folder_name(image_root):
     assert data.classes == ["ant", "bird"] and data.num_classes == 2
     for split in data.splits:
         assert all(
-            path.parent.name == data.classes[label] for path, label in zip(split.sources, split.labels)
+            path.parent.name == data.classes[label] for path, label in zip(split.sources, split.labels, strict=True)
         )
 
 

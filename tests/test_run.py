@@ -1,0 +1,292 @@
+"""Whole runs, in this process: what they leave, that they repeat to the bit, and how they end on bad data."""
+
+import csv
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qexp import prepare
+from qexp.jobs import compose_jobs
+from qexp.run import Run, run
+from qexp.settings import ConfigError
+from qexp.store import StoreError, run_id
+from qexp.tracking import METRICS
+
+FAST = ["trainer.epochs=1", "engine.seconds=0.05", "logger=none"]
+ENGINES = ("onnxruntime", "openvino")
+PROMISED = [
+    "acc/fp32", "acc/sim", "acc/engine", "acc/drop", "agree/argmax", "sqnr/output_db", "parity/identical",
+    "parity/off_by_one", "parity/max_step", "parity/argmax_flips", "int8/mac_coverage", "int8/islands",
+    "latency/fp32_ms", "latency/int8_ms", "latency/speedup", "latency/speedup_lo", "latency/speedup_hi",
+    "size/fp32_bytes", "size/int8_bytes", "time/calibrate_s", "time/total_s", "engine/winner", "status",
+]  # fmt: skip
+OF_THE_WHOLE_RUN = {"acc/fp32", "time/calibrate_s", "time/total_s", "engine/winner", "status"}
+MEASURED = ("time/", "latency/", "engine/winner")
+
+
+def start(outputs: Path, *overrides: str) -> Run:
+    (job,) = compose_jobs([*FAST, f"paths.outputs={outputs}", *overrides], multirun=False)
+    return run(job.settings)
+
+
+def written(outputs: Path) -> dict:
+    (path,) = outputs.glob("runs/*/metrics.json")
+    return json.loads(path.read_text())
+
+
+def table(path: Path) -> list[dict]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("outputs")
+
+
+@pytest.fixture(scope="module")
+def usual(outputs) -> Run:
+    return start(outputs)
+
+
+def test_metrics_json_holds_what_is_promised_under_known_names_alone(usual, outputs):
+    metrics = written(outputs)
+    per_engine = {f"{engine}/{name}" for engine in ENGINES for name in set(PROMISED) - OF_THE_WHOLE_RUN}
+    assert {*PROMISED, *per_engine} <= metrics.keys()
+    bare = {name.partition("/")[2] if name.startswith(ENGINES) else name for name in metrics}
+    assert bare <= METRICS.keys()
+    assert metrics["status"] == "finished"
+    winner = metrics["engine/winner"]
+    for name in set(PROMISED) - OF_THE_WHOLE_RUN:
+        assert metrics[name] == metrics[f"{winner}/{name}"]
+    assert metrics["acc/drop"] == pytest.approx(metrics["acc/fp32"] - metrics["acc/engine"])
+    assert metrics["latency/speedup_lo"] <= metrics["latency/speedup"] <= metrics["latency/speedup_hi"]
+    assert metrics["size/int8_bytes"] == (usual.folder / "model_int8.onnx").stat().st_size
+    assert metrics["size/fp32_bytes"] == (usual.folder / "model_fp32.onnx").stat().st_size
+
+
+def test_the_folder_of_a_run_is_whole(usual, outputs):
+    loser = next(engine for engine in ENGINES if engine != usual.metrics["engine/winner"])
+    assert {path.name for path in usual.folder.iterdir()} == {
+        "config.yaml", "metrics.json", "layers.csv", "unquantized.csv",
+        "model_fp32.onnx", "model_int8.onnx", f"model_int8_{loser}.onnx",
+    }  # fmt: skip
+    config = yaml.safe_load((usual.folder / "config.yaml").read_text())
+    assert config == usual.settings.config
+    assert usual.folder == outputs / "runs" / run_id(config)
+
+
+def test_layers_csv_has_a_row_for_each_site(usual):
+    rows = table(usual.folder / "layers.csv")
+    assert list(rows[0]) == [
+        "site", "kind", "layer", "bits", "format", "convention", "granularity", "calibration",
+        "sqnr_db", "mse", "clipped_share", "macs", "engine_int8",
+    ]  # fmt: skip
+    assert len({row["site"] for row in rows}) == len(rows)
+    stem = {row["site"]: row for row in rows}["stem.conv.weight"]
+    assert [stem[name] for name in ("kind", "layer", "bits", "format", "granularity", "engine_int8")] == [
+        "weight", "stem.conv", "8", "int8", "per_channel", "True",
+    ]  # fmt: skip
+    assert int(stem["macs"]) == 8 * 8 * 16 * 9
+    assert all(math.isfinite(float(row["sqnr_db"])) for row in rows)
+
+
+def test_the_same_config_gives_the_same_result_to_the_bit(usual, tmp_path):
+    again = start(tmp_path)
+    assert again.folder.name == usual.folder.name
+
+    def certain(metrics: dict) -> dict:
+        # The plain names are those of the faster engine, which is measured.
+        named = {name: metrics[name] for name in metrics if name.startswith(ENGINES) or name == "acc/fp32"}
+        return {name: value for name, value in named.items() if not any(word in name for word in MEASURED)}
+
+    assert certain(again.metrics) == certain(usual.metrics)
+    assert len(certain(again.metrics)) > 15
+    for name in "fp32", *ENGINES:
+        assert again.graphs[name].SerializeToString() == usual.graphs[name].SerializeToString()
+    assert (again.folder / "model_fp32.onnx").read_bytes() == (usual.folder / "model_fp32.onnx").read_bytes()
+    if again.metrics["engine/winner"] == usual.metrics["engine/winner"]:
+        assert table(again.folder / "layers.csv") == table(usual.folder / "layers.csv")
+
+
+@pytest.fixture
+def trainings(monkeypatch) -> list[bool]:
+    """One entry for each training from now on."""
+    real, found = prepare.FloatCache.save, []
+
+    def save(*arguments):
+        found.append(True)
+        real(*arguments)
+
+    monkeypatch.setattr(prepare.FloatCache, "save", save)
+    return found
+
+
+def test_only_what_changes_the_float_network_trains_it_again(usual, outputs, trainings):
+    for same in "calibration=percentile", "quantizer=int4", "data.calibration_size=16", "engine.threads=2":
+        assert start(outputs, "engine=none", same).metrics["acc/fp32"] == usual.metrics["acc/fp32"]
+        assert not trainings, same
+    for number, other in enumerate(["seed=1", "model.width=8", "trainer.lr=0.01", "data.train_share=0.4"], 1):
+        start(outputs, "engine=none", other)
+        assert len(trainings) == number, other
+
+
+def test_a_run_without_an_engine_and_one_of_the_float_network(usual, outputs):
+    simulated = start(outputs, "engine=none").metrics
+    assert simulated["acc/drop"] == simulated["acc/fp32"] - simulated["acc/sim"]
+    assert not {"acc/engine", "engine/winner", "latency/int8_ms"} & simulated.keys()
+    float_only = start(outputs, "method=fp32", "engine=onnxruntime").metrics
+    assert float_only["acc/fp32"] == usual.metrics["acc/fp32"]
+    assert float_only["latency/fp32_ms"] > 0
+    assert not {"acc/sim", "acc/engine", "latency/int8_ms"} & float_only.keys()
+
+
+MINE = """
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Net(nn.Module):
+    def __init__(self, num_classes, in_channels, dead=False, kind=None):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, 4, 3)
+        if dead:
+            self.conv.requires_grad_(False)
+            self.conv.weight[1] = 0
+            self.conv.bias[1] = 0
+        self.odd = getattr(nn, kind)(4, 4, 1) if kind else nn.Identity()
+        self.relu = nn.ReLU()
+        self.head = nn.Linear(4, num_classes)
+
+    def forward(self, x):
+        return self.head(self.relu(self.odd(self.conv(x))).mean((2, 3)))
+
+
+class Data(pl.LightningDataModule):
+    num_classes, input_shape = 3, (1, 6, 6)
+
+    def __init__(self, constant=None, train=0.0, calibration=0.0, test=0.0, empty=False):
+        super().__init__()
+        self.constant, self.spoils, self.empty = constant, (train, calibration, test), empty
+
+    def loader(self, spoil, size=32):
+        torch.manual_seed(0)
+        images = torch.randn(size, 1, 6, 6) if self.constant is None else torch.full((size, 1, 6, 6), self.constant)
+        images[size // 2 :, 0, 0, 0] += spoil
+        return DataLoader(TensorDataset(images, torch.arange(size) % 3), batch_size=16)
+
+    def train_dataloader(self):
+        return self.loader(self.spoils[0])
+
+    def calibration_dataloader(self):
+        return self.loader(self.spoils[1], 0 if self.empty else 32)
+
+    def test_dataloader(self):
+        return self.loader(self.spoils[2])
+
+
+class Wrong(nn.Module):
+    def __init__(self):
+        raise RuntimeError("no weights\\nfound")
+
+
+class NoClasses(Data):
+    num_classes = None
+
+
+number = 3
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """Runs a network and data of the user's own."""
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    net = ["model=custom", "model._target_=mine.Net"]
+    data = ["data=custom", "data._target_=mine.Data"]
+
+    def start_mine(*overrides: str) -> Run:
+        own = net if any(text.startswith("data=") for text in overrides) else net + data
+        return start(tmp_path, "engine=none", *own, *overrides)
+
+    return start_mine
+
+
+@pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
+@pytest.mark.parametrize("odd", ["+model.dead=true", "+data.constant=0.5", "+data.constant=0.0", "+data.constant=-2.0"])
+def test_dead_channels_and_constant_inputs_work(mine, odd, granularity):
+    job = mine(odd, f"granularity={granularity}")
+    assert job.metrics["status"] == "finished"
+    assert job.metrics["acc/sim"] == job.metrics["acc/fp32"]
+    assert all(math.isfinite(row["mse"]) for row in job.rows)
+
+
+def test_a_dead_channel_runs_in_the_engine(mine):
+    metrics = mine("+model.dead=true", "engine=onnxruntime").metrics
+    assert metrics["acc/engine"] == metrics["acc/sim"]
+    assert metrics["parity/max_step"] <= 1
+
+
+REFUSED = {
+    "+data.train=nan": (ValueError, "training diverged: the loss is nan in epoch 0, step 1"),
+    "+data.train=inf": (ValueError, "training diverged: the loss is"),
+    "+data.test=nan": (ValueError, "test batch 1: the network returns NaN or infinite logits"),
+    "+data.calibration=nan": (ValueError, r"conv\.input.* NaN"),
+    "+data.calibration=inf": (ValueError, r"conv\.input.* infinit"),
+    "+data.empty=true": (ConfigError, "data: the calibration set of Data is empty"),
+    "+model.kind=ConvTranspose2d": (ConfigError, "quantizer: layer 'odd' is a ConvTranspose2d, which has weights"),
+    "quantizer.exclude=[nope]": (ConfigError, "quantizer.exclude='nope': matches no layer of Net"),
+    "+model.depth=3": (ConfigError, "model.depth=3: mine.Net has no such option"),
+    "model._target_=mine.Missing": (ConfigError, "model._target_=mine.Missing: cannot be imported"),
+    "model._target_=broken.Net": (ConfigError, "model._target_=broken.Net: cannot be imported .*division by zero"),
+    "model._target_=mine.Wrong": (ConfigError, r"model._target_=mine.Wrong: cannot be made \(RuntimeError: no weights"),
+    "model._target_=mine.Data": (ConfigError, "model._target_=mine.Data: must return an nn.Module, not Data"),
+    "model._target_=mine.number": (ConfigError, "model._target_=mine.number: must be a class or function"),
+    "data._target_=mine.Net": (ConfigError, "data._target_=mine.Net: "),
+    "data._target_=mine.NoClasses": (ConfigError, "data: NoClasses must have an attribute num_classes"),
+    "data=digits data.batch_size=1": (ConfigError, "data.batch_size=1: must be a whole number of at least 2"),
+    "data=digits data.calibration_size=0": (ConfigError, "data.calibration_size=0: must be"),
+    "data=image_folder data.root=/nowhere": (ConfigError, "data.root=/nowhere: no such folder"),
+    "logger=wandb_online": (ValueError, "logger.mode=online: no W&B key is configured"),
+    "engine=openvino engine.engines.openvino._target_=mine.No": (
+        ConfigError,
+        "engine.engines.openvino._target_=mine.No",
+    ),
+}
+
+
+@pytest.mark.parametrize("asked", REFUSED)
+def test_what_cannot_work_is_one_sentence_and_no_result(mine, tmp_path, monkeypatch, asked):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    kind, sentence = REFUSED[asked]
+    with pytest.raises(kind, match=sentence) as refusal:
+        mine(*asked.split(" "))
+    assert "\n" not in str(refusal.value).strip()
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_damaged_float_network_is_refused(mine, tmp_path):
+    mine()
+    (weights,) = tmp_path.glob("cache/float/*/weights.pt")
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(StoreError, match="is damaged .its checksum differs."):
+        mine("calibration=mse")
+    assert len(list(tmp_path.glob("runs/*/metrics.json"))) == 1
+
+
+def test_an_edited_source_trains_again(mine, tmp_path, trainings, monkeypatch):
+    mine()
+    assert len(trainings) == 1
+    (tmp_path / "mine.py").write_text(MINE + "# edited\n")
+    mine()
+    assert len(trainings) == 2

@@ -1,0 +1,149 @@
+"""What the user asks for is checked before any compute, and what cannot be is refused in one sentence."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qexp.jobs import compose_jobs
+from qexp.settings import ConfigError
+from qexp.store import run_id
+
+# What is asked for, and what the sentence must hold: the key, the value, what is allowed.
+REFUSED = {
+    "model=foo": "model=foo: no such option; allowed are custom, mobilenet",
+    "model=": "model=: no such option; allowed are custom",
+    "quantizer=null": "quantizer=null: no such option; allowed are int4, int8, w4a8",
+    "quantizer=3": "quantizer=3: no such option; allowed are int4, int8, w4a8",
+    "experiment=foo": "experiment=foo: no such option",
+    "experiment=wu2020/foo": "experiment=wu2020/foo: no such option",
+    "foo=1": "foo: no such key; allowed are seed",
+    "quantizer.foo=1": "quantizer.foo: no such key; allowed are weight, activation, exclude",
+    "+foo=1": "foo=1: no such key; allowed are method",
+    "+new.key=1": "new={'key': 1}: no such key",
+    "+quantizer.foo=1": "quantizer.foo: no such key; allowed are weight",
+    "+quantizer.weight.foo=1": "quantizer.weight.foo=1: qexp.quant.grid.IntegerGrid has no such option",
+    "+logger.foo=1": "logger.foo=1: qexp.tracking.Wandb has no such option",
+    "~seed": "~seed: a key cannot be deleted",
+    "~quantizer.weight": "~quantizer.weight: a key cannot be deleted",
+    "run": "run: must be KEY=VALUE",
+    "=3": "=3: must be KEY=VALUE",
+    "seed=[1": "seed=[1: cannot be read",
+    "seed=abc": "seed='abc': must be an integer of at least 0",
+    "seed=": "seed='': must be an integer",
+    "seed=null": "seed=None: must be an integer",
+    "seed=1.5": "seed=1.5: must be an integer",
+    "seed=-1": "seed=-1: must be an integer of at least 0",
+    "seed=4294967296": "seed=4294967296: must be at most 4294967295",
+    "seed=${nope}": "seed: Interpolation key 'nope' not found",
+    "seed=0,1": "seed=0,1: several values are a sweep, which needs -m",
+    "trainer.epochs=0": "trainer.epochs=0: must be an integer of at least 1",
+    "trainer.lr=nan": "trainer.lr=nan: must be a number above 0",
+    "trainer.accelerator=tpu": "trainer.accelerator='tpu': allowed are cpu, gpu, auto",
+    "engine.seconds=0": "engine.seconds=0: must be a number above 0",
+    "engine.engines=foo": "engine.engines='foo': must hold one section for each engine",
+    "engine.engines=null": "engine.engines=None: must hold",
+    "engine.engines=[a]": "engine.engines",
+    "engine.engines.openvino=foo": "engine.engines.openvino: must hold a _target_",
+    "quantizer.weight=foo": "quantizer.weight: must hold a _target_, the import path of a class or function, but",
+    "quantizer.weight.bits=9": "quantizer.weight.bits=9: allowed are the integers 2 to 8",
+    "quantizer.weight.bits=1": "quantizer.weight.bits=1: allowed are the integers 2 to 8, because one symmetric bit",
+    "quantizer.weight.convention=x": "quantizer.weight.convention='x': allowed are affine, full_range",
+    "quantizer.exclude=stem": "quantizer.exclude='stem': must be a list",
+    "granularity.weight.axis=1": "granularity.weight=per_channel(axis=1): weights are quantized per_tensor or",
+    "calibration=percentile calibration.activation.percentile=50": "calibration.activation.percentile=50: allowed are",
+    "calibration=percentile calibration.activation.percentile=100.1": "percentile=100.1: allowed are numbers above 50",
+    "model=custom": "model._target_: a value must be given",
+    "model=custom model._target_=": "model: must hold a _target_",
+    "data=custom": "data._target_: a value must be given",
+    "data=cifar10": "data.root: a value must be given",
+    "data=image_folder": "data.root: a value must be given",
+    "paths.outputs=": "paths.outputs='': must be the path of a folder",
+    "paths=null": "paths=None: must be a section of keys",
+    "progress=maybe": "progress='maybe': allowed are auto, True, False",
+    "logger.mode=x": "logger.mode='x': allowed are auto, online, offline",
+    "logger.tags=3": "logger.tags=3: must be a list of words",
+    "logger.group=3": "logger.group=3: must be a name",
+    "hydra.mode=foo": "hydra.mode=foo (Invalid value 'foo', expected one of [RUN, MULTIRUN])",
+}
+
+
+@pytest.mark.parametrize("asked", REFUSED)
+def test_what_cannot_be_is_refused_in_one_sentence(asked):
+    with pytest.raises(ConfigError) as refusal:
+        compose_jobs(asked.split(" "), multirun=False)
+    assert REFUSED[asked] in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert "search path" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        (["seed=0,abc"], "seed='abc': must be an integer"),
+        (["model=resnet8,foo"], "model=foo: no such option"),
+        (["quantizer.weight.bits=4,9", "seed=0,1"], "quantizer.weight.bits=9"),
+        (["trainer.lr=interval(0,1)"], "does not support sweep type"),
+        (["experiment=granularity_w4,wu2020/table5"], "experiment=granularity_w4: is a sweep of its own"),
+    ],
+)
+def test_one_wrong_job_refuses_the_whole_sweep(asked, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        compose_jobs(asked, multirun=True)
+
+
+def test_configs_of_a_user_are_options_like_others(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("_target_: mine.Net\nwidth: 3\n")
+    (job,) = compose_jobs(["model=mine"], multirun=False, config_dir=str(tmp_path))
+    assert job.settings.config["model"] == {"_target_": "mine.Net", "width": 3}
+    jobs = compose_jobs(["model=resnet8,mine"], multirun=True, config_dir=str(tmp_path))
+    assert [job.settings.label.split()[0] for job in jobs] == ["resnet8", "Net"]
+    assert len(compose_jobs(["model=glob(m*)"], multirun=True, config_dir=str(tmp_path))) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [("_target_: [", "mine.yaml"), ("just words", "model: must hold a _target_"), ("", "model: must hold a _target_")],
+)
+def test_a_broken_config_of_a_user_is_one_sentence(tmp_path, text, sentence):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=sentence) as refusal:
+        compose_jobs(["model=mine"], multirun=False, config_dir=str(tmp_path))
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_config_dir_must_exist():
+    for wrong in "/nowhere", "":
+        with pytest.raises(ConfigError, match="--config-dir=.*: no such folder"):
+            compose_jobs([], multirun=False, config_dir=wrong)
+
+
+def identity(*overrides: str) -> str:
+    (job,) = compose_jobs(list(overrides), multirun=False)
+    return run_id(job.settings.config)
+
+
+def test_the_identity_of_a_run_is_what_can_change_its_result():
+    usual = identity()
+    same = ["paths.outputs=/elsewhere", "logger=none", "logger.project=other", "progress=true", "model=resnet8"]
+    assert {identity(override) for override in same} == {usual}
+    others = ["seed=1", "quantizer.weight.bits=7", "trainer.epochs=29", "engine.threads=2", "model.width=8"]
+    assert len({usual, *(identity(override) for override in others)}) == 6
+
+
+def test_a_refusal_needs_no_torch(tmp_path):
+    code = (
+        "import sys; from qexp.cli import main\n"
+        "try: main(['quantizer.weight.bits=9'])\n"
+        "except SystemExit as end: assert end.code == 2, end.code\n"
+        "heavy = {'torch', 'pytorch_lightning', 'wandb', 'onnx'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines() == ["qexp: quantizer.weight.bits=9: allowed are the integers 2 to 8"]
