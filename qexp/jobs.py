@@ -24,6 +24,12 @@ from yaml import YAMLError
 from qexp.settings import ConfigError, Settings, settings
 
 NO_PAIR = "must be KEY=VALUE; qexp --help shows the keys"
+# How Hydra and OmegaConf say it, the most exact first.
+NO_SUCH_KEY = (
+    r"is not in struct\s+full_key: (\S+)",
+    r"Could not override '([^']+)'\.\nTo append",
+    r"Key '([^']+)' is not in struct",
+)
 
 
 @dataclass(frozen=True)
@@ -135,8 +141,8 @@ def explained(error: Exception) -> str:
         options = [] if "/" in missing[2] else re.findall(r"^\t(\S+)$", text, re.MULTILINE)
         allowed = f"; allowed are {', '.join(options)}" if options else ""
         return f"{missing[1]}={missing[2]}: no such option{allowed}"
-    unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
-    if unknown:
+    found = [re.search(pattern, f"{text}\n{error.__cause__}") for pattern in NO_SUCH_KEY]
+    if unknown := next(filter(None, found), None):
         return f"{unknown[1]}: no such key{_siblings(unknown[1])}"
     if error.__cause__ is not None:  # which says what Hydra met, after Hydra has said where
         text = f"{text} ({str(error.__cause__).splitlines()[0]})"

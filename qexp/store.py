@@ -52,14 +52,15 @@ def writable(folder: Path) -> Path:
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """Yield a folder beside `folder` that takes its place when the block ends well, and vanishes when it does not.
+    """Yield an empty folder that takes the place of `folder` when the block ends well, and vanishes when it does not.
 
-    A reader sees the old content or the new one, never a part of it.
+    A reader of `folder` sees the old content or the new one, and beside it nothing but its like.
     """
-    aside, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
+    aside, old = (_unfinished(folder) / f"{folder.name}.{state}" for state in ("new", "old"))
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f".{folder.name}.lock")):
+        for parent in folder.parent, aside.parent:
+            parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(_unfinished(folder) / f"{folder.name}.lock"):
             _remove(aside, old)  # while the lock is held, these are what a killed run left
             aside.mkdir()
             try:
@@ -71,6 +72,11 @@ def replacing(folder: Path) -> Iterator[Path]:
                 _remove(aside, old)
     except OSError as error:
         raise StoreError(f"paths.outputs: cannot write {folder}: {error.strerror or error}") from None
+
+
+def _unfinished(folder: Path) -> Path:
+    """Where the parts of a folder and its locks are: on the same disk, and where nobody looks for results."""
+    return folder.parent.parent / ".unfinished"
 
 
 def _remove(*folders: Path) -> None:
@@ -101,8 +107,9 @@ class FloatCache:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Held while a network is looked up or trained, so that processes which start together train it once."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.root / f".{self.folder.name}.training"):
+        place = _unfinished(self.folder)
+        place.mkdir(parents=True, exist_ok=True)
+        with FileLock(place / f"{self.folder.name}.training"):
             yield
 
     def load(self) -> dict | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -163,7 +164,7 @@ class Wandb(NoLogger):
         self._artifact_name = f"{info.job_type}-{info.run_id}"
         for name in METRICS:
             run.define_metric(name, summary="last")
-        self.where = run.url if online else f"wandb leet {info.outputs / 'wandb'}"
+        self.where = run.url if online else f"{_command()} leet {info.outputs / 'wandb'}"
         code = 1
         try:
             yield self
@@ -231,6 +232,14 @@ class Wandb(NoLogger):
             artifact = wandb.Artifact(f"{self._artifact_name}-{path.stem}", type="model")
             artifact.add_file(str(path))
             self.lightning.experiment.log_artifact(artifact)
+
+
+def _command() -> str:
+    """How the user gives W&B's command here: its name is known only in an environment that is active."""
+    beside = Path(sys.executable).with_name("wandb")
+    if shutil.which("wandb") or not beside.exists():
+        return "wandb"
+    return os.path.relpath(beside) if beside.is_relative_to(Path.cwd()) else str(beside)
 
 
 def _has_key(wandb) -> bool:

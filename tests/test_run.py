@@ -290,3 +290,45 @@ def test_an_edited_source_trains_again(mine, tmp_path, trainings, monkeypatch):
     (tmp_path / "mine.py").write_text(MINE + "# edited\n")
     mine()
     assert len(trainings) == 2
+
+
+MOODY = """
+from qexp.engines.onnxruntime import OnnxRuntime
+
+
+class Moody(OnnxRuntime):
+    name = "moody"
+
+    def __init__(self, batch=None):
+        self.batch = batch
+
+    def session(self, model, shape, threads, traced=False):
+        if self.batch in (None, shape[0]):
+            raise RuntimeError("Exception from core.cpp:1\\nnot in the mood\\n")
+        return super().session(model, shape, threads, traced)
+"""
+
+
+@pytest.mark.parametrize(("batch", "method"), [("null", "ptq"), ("7", "ptq"), ("7", "fp32")])
+def test_an_engine_that_refuses_is_named_and_the_other_goes_on(tmp_path, monkeypatch, capsys, batch, method):
+    (tmp_path / "moody.py").write_text(MOODY)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "moody", raising=False)
+    engines = ["+engine.engines.moody._target_=moody.Moody", f"+engine.engines.moody.batch={batch}"]
+    job = start(tmp_path, "engine=onnxruntime", "engine.batch_size=7", f"method={method}", *engines)
+    assert job.metrics["engine/refused"] == "moody refuses the graph: not in the mood"
+    assert "without moody: moody refuses the graph: not in the mood" in capsys.readouterr().out
+    assert job.metrics["engine/winner"] == "onnxruntime"
+    assert not [name for name in job.metrics if name.startswith("moody/")]
+    assert not [path.name for path in job.folder.iterdir() if "moody" in path.name]
+
+
+def test_a_network_that_no_engine_runs_is_simulated_and_never_timed(tmp_path, monkeypatch):
+    (tmp_path / "moody.py").write_text(MOODY)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "moody", raising=False)
+    job = start(tmp_path, "engine=none", "+engine.engines.moody._target_=moody.Moody")
+    assert job.metrics["acc/drop"] == job.metrics["acc/fp32"] - job.metrics["acc/sim"]
+    assert not {"acc/engine", "engine/winner", "latency/int8_ms", "latency/fp32_ms"} & job.metrics.keys()
+    assert {row["engine_int8"] for row in job.rows} == {False}
+    assert job.metrics["status"] == "finished"

@@ -30,19 +30,19 @@ def test_a_folder_takes_the_place_of_the_old_one_and_nothing_else_stays(tmp_path
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_what_ends_in_an_error_leaves_the_old_folder(tmp_path, error):
-    folder = tmp_path / "id"
+    folder = tmp_path / "runs" / "id"
     write(folder, "old")
     with pytest.raises(error), replacing(folder) as aside:
         (aside / "file").write_text("half")
         raise error
     assert (folder / "file").read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["id"]
+    assert [path.name for path in folder.parent.iterdir()] == ["id"]
 
 
 def test_nobody_sees_a_folder_before_it_is_whole(tmp_path):
-    with replacing(tmp_path / "id") as aside:
-        assert not (tmp_path / "id").exists()
-        assert aside.name.startswith(".")
+    with replacing(tmp_path / "runs" / "id") as aside:
+        (aside / "metrics.json").write_text("{}")
+        assert not list((tmp_path / "runs").iterdir())
 
 
 def test_leftovers_of_a_killed_run_are_removed_by_the_next_one(tmp_path):
@@ -50,20 +50,20 @@ def test_leftovers_of_a_killed_run_are_removed_by_the_next_one(tmp_path):
         "import os, sys; from pathlib import Path; from qexp.store import replacing\n"
         "with replacing(Path(sys.argv[1])) as aside: (aside / 'file').write_text('half'); os.kill(os.getpid(), 9)"
     )
-    folder = tmp_path / "id"
+    folder = tmp_path / "runs" / "id"
     assert python(code, folder).returncode == -9
     assert read_metrics(folder) is None
-    assert (tmp_path / ".id.partial").is_dir()
+    assert [path.name for path in tmp_path.rglob("file")] == ["file"]
     write(folder, "new")
     assert (folder / "file").read_text() == "new"
-    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["id"]
+    assert [path.name for path in folder.parent.iterdir()] == ["id"]
 
 
 def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    cache = FloatCache(tmp_path, {"seed": 0})
+    cache = FloatCache(tmp_path / "float", {"seed": 0})
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(StoreError, match="paths.outputs: cannot write .*: No space left on device"):
         cache.save({"weight": torch.zeros(2)})

@@ -1,5 +1,6 @@
 """The wheel, built as a release is: through the sdist, and used away from the repository."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -52,13 +54,11 @@ def site(wheel) -> Path:
     return folder
 
 
-def run_installed(site: Path, cwd: Path, *arguments: str) -> str:
+def run_installed(site: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess:
     """Run python with the unpacked wheel ahead of the editable install, in a folder that is no clone."""
     environment = os.environ | {"PYTHONPATH": str(site)}
     command = [sys.executable, *arguments]
-    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_wheel_holds_the_package_and_its_configurations_and_nothing_else(wheel):
@@ -79,6 +79,27 @@ def test_wheel_has_the_command_and_the_licence(wheel):
 
 def test_installed_package_finds_its_configurations(site, tmp_path):
     code = "import qexp, pathlib; print(pathlib.Path(qexp.__file__).resolve().parent)"
-    package = Path(run_installed(site, tmp_path, "-c", code).strip())
+    package = Path(run_installed(site, tmp_path, "-c", code).stdout.strip())
     assert package == (site / "qexp").resolve()
     assert (package / "conf/config.yaml").is_file()
+
+
+def test_the_installed_command_helps_refuses_and_runs_with_the_users_configs(site, tmp_path):
+    (tmp_path / "mine" / "calibration").mkdir(parents=True)
+    narrow = {"_target_": "qexp.quant.calibration.Percentile", "percentile": 99.5}
+    (tmp_path / "mine" / "calibration" / "narrow.yaml").write_text(
+        yaml.safe_dump({"weight": {"_target_": "qexp.quant.calibration.MinMax"}, "activation": narrow})
+    )
+    command = ["-m", "qexp", "--config-dir", "mine"]
+    helped = run_installed(site, tmp_path, *command, "--help")
+    assert helped.returncode == 0
+    assert "narrow" in helped.stdout
+    refused = run_installed(site, tmp_path, *command, "calibration=wide")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("qexp: calibration=wide: no such option; allowed are entropy, ")
+    fast = ["trainer.epochs=1", "engine=onnxruntime", "engine.seconds=0.05", "logger=csv"]
+    done = run_installed(site, tmp_path, *command, "calibration=narrow", *fast)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "outputs" / "runs").iterdir()
+    assert json.loads((folder / "metrics.json").read_text())["status"] == "finished"
+    assert yaml.safe_load((folder / "config.yaml").read_text())["calibration"]["activation"] == narrow

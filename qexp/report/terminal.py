@@ -152,9 +152,7 @@ def report(job) -> None:
 
 def where(job) -> None:
     """The one line that says where to look."""
-    look = (
-        f"; look at it with: {job.where}" if job.where.startswith("wandb leet") else f"; {job.where}" * bool(job.where)
-    )
+    look = f"; look at it with: {job.where}" if " leet " in job.where else f"; {job.where}" * bool(job.where)
     output.print(f"results in {job.folder}{look}")
 
 
