@@ -59,7 +59,8 @@ class Run:
         self.engines = [other for other in self.engines if engine not in (None, other)]
         before = self.metrics.get("engine/refused")
         self.metrics["engine/refused"] = f"{before}; {what}" if before else what
-        terminal.output.print(f"simulation only: {what}" if engine is None else f"without {engine.name}: {what}")
+        instead = "simulation only" if engine is None else f"without {engine.name}"
+        terminal.output.print(f"{instead}: {what}", markup=False)
 
 
 def run(settings: Settings) -> Run:
@@ -104,7 +105,7 @@ def _float_network(settings: Settings, outputs: Path, logger: Any) -> Run:
     except NotExportable as error:
         raise ConfigError(f"model: {error}") from None
     if warning:
-        terminal.output.print(f"warning: {warning}")
+        terminal.output.print(f"warning: {warning}", markup=False)
     with terminal.stage("evaluating the float network") as update:
         task = _test(settings, data, net, update)
     job = Run(settings, data, net, flow, engines, task.logits, {"acc/fp32": _accuracy(task)})

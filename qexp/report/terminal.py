@@ -8,14 +8,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 console = Console(stderr=True, highlight=False)
 output = Console(highlight=False, soft_wrap=True)
 if not output.is_terminal:
-    output = Console(highlight=False, soft_wrap=True, width=120)  # in a file or a pipe nothing is narrow
+    output = Console(highlight=False, soft_wrap=True, width=200)  # in a file or a pipe nothing is narrow
 
 LOG_EVERY_S = 20
 
@@ -144,7 +146,7 @@ def _size_cell(get) -> str:
 def report(job) -> None:
     """All of one run: what stayed in float, the table, where to look."""
     for name, kind, reason in job.in_float:
-        output.print(f"in float: {name} ({kind}): {reason}")
+        output.print(f"in float: {name} ({kind}): {reason}", markup=False)
     engines = [engine.name for engine in job.engines]
     output.print(run_table(job.metrics, engines, job.settings.label))
     where(job)
@@ -152,34 +154,51 @@ def report(job) -> None:
 
 def where(job) -> None:
     """The one line that says where to look."""
-    look = f"; look at it with: {job.where}" if " leet " in job.where else f"; {job.where}" * bool(job.where)
-    output.print(f"results in {job.folder}{look}")
+    how = "look at it with: " if " leet " in job.where else ""
+    look = f"; {how}{job.where}" if job.where else ""
+    output.print(f"results in {job.folder}{look}", markup=False)
 
 
-def sweep_table(rows: list[dict[str, Any]]) -> Table:
+# Heading -> cell, in the order of the table.
+SWEEP_COLUMNS = {
+    "fp32 %": lambda get: _number(_percent(get("acc/fp32")), ".2f"),
+    "quant %": lambda get: _number(_percent(get("acc/sim") if get("acc/engine") is None else get("acc/engine")), ".2f"),
+    "drop": lambda get: _number(_percent(get("acc/drop")), ".2f"),
+    "SQNR dB": lambda get: _number(get("sqnr/output_db"), ".1f"),
+    "codes = %": lambda get: _number(_percent(get("parity/identical")), ".3f"),
+    "int8 MACs %": lambda get: _number(_percent(get("int8/mac_coverage")), ".0f"),
+    "speed-up": lambda get: _number(get("latency/speedup"), ".2f", "x"),
+}
+# What a narrow terminal goes without, the first first.
+SPARED = ["codes = %", "int8 MACs %", "SQNR dB", "fp32 %"]
+
+
+def sweep_table(rows: list[dict[str, Any]], console: Console = output) -> Table:
     """Several runs, one a row; columns are the choices that vary and the figures that matter most."""
-    varied = list(dict.fromkeys(key for row in rows for key in row["choice"]))
-    table = Table(title=f"{len(rows)} runs", title_justify="left", title_style="bold")
-    for key in varied:
-        table.add_column(key.removeprefix("quantizer."), no_wrap=True)
-    for heading in "fp32 %", "int8 %", "drop", "SQNR dB", "codes = %", "int8 MACs %", "speed-up", "run":
-        table.add_column(heading, justify="left" if heading == "run" else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*[str(row["choice"].get(key, "")) for key in varied], *_sweep_cells(row))
+    unbounded = console.options.update(max_width=10_000)
+    for count in range(len(SPARED) + 1):
+        table = _sweep_table(rows, SPARED[:count])
+        if console.measure(table, options=unbounded).maximum <= console.width:
+            break
     return table
 
 
-def _sweep_cells(row: dict[str, Any]) -> list[str]:
-    metrics = row["metrics"]
-    if metrics is None:
-        return [*[""] * 7, "[red]failed[/red]"]
-    return [
-        _number(_percent(metrics.get("acc/fp32")), ".2f"),
-        _number(_percent(metrics.get("acc/engine", metrics.get("acc/sim"))), ".2f"),
-        _number(_percent(metrics.get("acc/drop")), ".2f"),
-        _number(metrics.get("sqnr/output_db"), ".1f"),
-        _number(_percent(metrics.get("parity/identical")), ".3f"),
-        _number(_percent(metrics.get("int8/mac_coverage")), ".0f"),
-        _number(metrics.get("latency/speedup"), ".2f", "x"),
-        row["run_id"],
-    ]
+def _sweep_table(rows: list[dict[str, Any]], spared: list[str]) -> Table:
+    varied = list(dict.fromkeys(key for row in rows for key in row["choice"]))
+    table = Table(
+        title=f"{len(rows)} runs", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False,
+        caption=f"a wider terminal also shows {', '.join(spared)}" if spared else None, collapse_padding=True,
+    )  # fmt: skip
+    for key in varied:
+        table.add_column(key.removeprefix("quantizer."), overflow="fold")
+    shown = {heading: cell for heading, cell in SWEEP_COLUMNS.items() if heading not in spared}
+    for heading in shown:
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("run", overflow="fold")
+    for row in rows:
+        found = row["metrics"]
+        cells = (
+            ["[red]failed[/red]", *[""] * (len(shown) - 1)] if found is None else [c(found.get) for c in shown.values()]
+        )
+        table.add_row(*[escape(row["choice"].get(key, "")) for key in varied], *cells, row["run_id"])
+    return table
