@@ -12,8 +12,9 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from hydra.version import setbase
@@ -121,10 +122,10 @@ def composed(overrides: list[str], **options: Any) -> DictConfig:
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(explained(error)) from None
     except ValueError as error:  # how Hydra says that a group is set to null or to a number
-        allowed = GlobalHydra.instance().config_loader().get_group_options
-        for text in overrides:
-            if names := allowed(text.partition("=")[0]):
-                raise ConfigError(f"{text}: no such option; allowed are {', '.join(names)}") from None
+        for override in _parsed(overrides):
+            names = _options(override.key_or_group)
+            if names and not isinstance(override.value(), (str, list, QuotedString)):
+                raise ConfigError(f"{override.input_line}: no such option; allowed are {', '.join(names)}") from None
         raise ConfigError(str(error)) from None
 
 
@@ -138,15 +139,20 @@ def explained(error: Exception) -> str:
     text = str(error)
     missing = re.search(r"Could not find '((?:hydra/)?[^'/]+)/([^']*)'", text)
     if missing:
-        options = [] if "/" in missing[2] else re.findall(r"^\t(\S+)$", text, re.MULTILINE)
-        allowed = f"; allowed are {', '.join(options)}" if options else ""
-        return f"{missing[1]}={missing[2]}: no such option{allowed}"
+        return f"{missing[1]}={missing[2]}: no such option; allowed are {', '.join(_options(missing[1]))}"
     found = [re.search(pattern, f"{text}\n{error.__cause__}") for pattern in NO_SUCH_KEY]
     if unknown := next(filter(None, found), None):
         return f"{unknown[1]}: no such key{_siblings(unknown[1])}"
     if error.__cause__ is not None:  # which says what Hydra met, after Hydra has said where
         text = f"{text} ({str(error.__cause__).splitlines()[0]})"
     return re.sub(r"\s+", " ", re.split(r"See https|Config search path", text)[0]).strip()
+
+
+def _options(group: str) -> list[str]:
+    """The choices of a group; experiment/wu2020 is a group in a group."""
+    found = GlobalHydra.instance().config_loader().get_group_options
+    below = [f"{name}/{option}" for name in found(group, ObjectType.GROUP) for option in found(f"{group}/{name}")]
+    return [*found(group), *below]
 
 
 def _siblings(key: str) -> str:

@@ -70,7 +70,8 @@ NUMBERS: dict[str, tuple[type, float, bool]] = {
     "trainer.weight_decay": (float, 0, True),
     "trainer.threads": (int, 1, True),
 }
-MAX_SEED = 2**32 - 1  # of numpy
+# key -> largest allowed value; numpy's for the seed
+MOST = {"seed": 2**32 - 1, "engine.threads": 1024, "trainer.threads": 1024}
 
 
 def settings(config: DictConfig) -> Settings:
@@ -88,8 +89,9 @@ def settings(config: DictConfig) -> Settings:
         _check_number(plain, key, *bounds)
     if not isinstance(plain["paths"]["outputs"], str) or not plain["paths"]["outputs"]:
         raise ConfigError(f"paths.outputs={plain['paths']['outputs']!r}: must be the path of a folder")
-    if plain["seed"] > MAX_SEED:
-        raise ConfigError(f"seed={plain['seed']}: must be at most {MAX_SEED}")
+    for key, most in MOST.items():
+        if _lookup(plain, key) > most:
+            raise ConfigError(f"{key}={_lookup(plain, key)}: must be at most {most}")
     _check_targets(plain)
     return Settings(plain, plain["method"]["name"], _recipe(plain), plain["seed"])
 
