@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import re
 import sys
@@ -73,6 +75,7 @@ def _silence_libraries() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exits with 0, 1 (failed), 2 (asked for what cannot be), 130 or 143 (stopped)."""
     unwind_on_signals()
+    atexit.register(gc.freeze)  # or the interpreter looks through all objects once more before it ends: a second
     # So that errors come here as exceptions; Hydra prints pages and exits.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:

@@ -22,9 +22,10 @@ import onnxscript.optimizer
 import torch
 from onnx import numpy_helper
 from torch import nn
+from torch.export import ExportedProgram
 
 from qexp.quant.convert import layers, prepare_export_, quantizers
-from qexp.quant.dataflow import Dataflow, NotExportable
+from qexp.quant.dataflow import Dataflow, NotExportable, trace
 from qexp.quant.onnx_form import OPSET
 from qexp.quant.quantizer import Mode
 
@@ -65,7 +66,7 @@ def _pool_globally(model: onnx.ModelProto) -> None:
 
 def export_float(flow: Dataflow) -> onnx.ModelProto:
     """The float model as ONNX, BatchNorm included (each engine folds it in its own way). Errors: NotExportable."""
-    return _named(_export(flow.program, ()))
+    return _named(_export(flow.program))
 
 
 def export_quantized(model: nn.Module, flow: Dataflow) -> onnx.ModelProto:
@@ -82,17 +83,31 @@ def export_quantized(model: nn.Module, flow: Dataflow) -> onnx.ModelProto:
         prepare_export_(prepared)
     except ValueError as error:
         raise NotExportable(str(error)) from None
-    graph = _named(_export(prepared, (flow.example,)))
+    with _undisturbed():
+        program = trace(prepared, flow.example)
+    graph = _named(_export(program))
     _check(graph, sites - weights, weights, {name for name, layer in layers(prepared) if hasattr(layer, "weight")})
     return graph
 
 
-def _export(model, args: tuple) -> onnx.ModelProto:
-    dynamic = ({0: torch.export.Dim("batch")},) if args and len(args[0]) > 1 else None
+def _decomposed_at_need(program: ExportedProgram) -> ExportedProgram:
+    """Let the exporter, which would trace the graph once more for it, decompose operators only where there are any."""
+    decompose = program.run_decompositions
+
+    def run_decompositions(table: dict) -> ExportedProgram:
+        operators = {node.target for node in program.graph.nodes if node.op == "call_function"}
+        needed = any(operator in table or operator._schema.is_mutable for operator in operators)
+        return decompose(table) if needed else program
+
+    program.run_decompositions = run_decompositions
+    return program
+
+
+def _export(program: ExportedProgram) -> onnx.ModelProto:
     with _undisturbed():
         try:
-            program = torch.onnx.export(
-                model, args, dynamo=True, opset_version=OPSET, dynamic_shapes=dynamic, verbose=False,
+            exported = torch.onnx.export(
+                _decomposed_at_need(program), (), dynamo=True, opset_version=OPSET, verbose=False,
                 input_names=[INPUT], output_names=[OUTPUT], optimize=False,
             )  # fmt: skip
         except torch.onnx.OnnxExporterError as error:
@@ -101,9 +116,9 @@ def _export(model, args: tuple) -> onnx.ModelProto:
             why = f"no form of {operator[1]}" if operator else cause.strip().splitlines()[0]
             raise NotExportable(f"the model cannot be written as ONNX: {why}") from error
         # Constants only: merging nodes would lose which sites they stood for.
-        onnxscript.optimizer.fold_constants(program.model)
-        onnxscript.optimizer.remove_unused_nodes(program.model)
-        return program.model_proto
+        onnxscript.optimizer.fold_constants(exported.model)
+        onnxscript.optimizer.remove_unused_nodes(exported.model)
+        return exported.model_proto
 
 
 @contextmanager

@@ -115,10 +115,10 @@ class Entropy(Calibration):
     """The threshold T on |x| with the least KL divergence between histogram and quantized histogram.
 
     The algorithm of TensorRT (Migacz, GTC 2017), spelled out: `bins` bins over [0, max|x|], of which the first,
-    that holds the zeros, is replaced by the second. For each T = i bins, i from `start_bin`: P is the first i bins,
-    the clipped rest added to the last; Q merges the i bins into L levels and spreads each level evenly over its
-    non-empty bins; both are normalised; the T with the least sum P log(P/Q) wins, the largest of several.
-    L is 2^b for values without a sign and 2^(b-1) for others. The range is [-T, T] cut to the extrema.
+    that holds the zeros, is replaced by the second. For each T = i bins, i from the larger of `start_bin` and L: P is
+    the first i bins, the clipped rest added to the last; Q merges the i bins into L levels and spreads each level
+    evenly over its non-empty bins; both are normalised; the T with the least sum P log(P/Q) wins, the largest of
+    several. L is 2^b for values without a sign and 2^(b-1) for others. The range is [-T, T] cut to the extrema.
     """
 
     bins: int = 2048

@@ -27,6 +27,18 @@ class NotExportable(ValueError):
     """The model has no static graph, so no engine can run it; the message is one sentence."""
 
 
+def trace(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
+    """The ATen graph of one forward pass, for batches of any size. Errors: NotExportable."""
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            batch = {0: torch.export.Dim("batch")} if len(example) > 1 else None
+            return torch.export.export(model, (example,), dynamic_shapes=(batch,), strict=False)
+    except Exception as error:  # torch.export raises whatever the model's own code does under tracing
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise NotExportable(f"{type(model).__name__} cannot be exported: {reason.strip()}") from error
+
+
 class Dataflow:
     """The graph of one forward pass in evaluation mode. Errors: NotExportable.
 
@@ -38,14 +50,7 @@ class Dataflow:
     def __init__(self, model: nn.Module, example: Tensor) -> None:
         self.example = example
         self.modules = dict(model.named_modules())
-        try:
-            with torch.no_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                batch = {0: torch.export.Dim("batch")} if len(example) > 1 else None
-                self.program = torch.export.export(model, (example,), dynamic_shapes=(batch,), strict=False)
-        except Exception as error:  # torch.export raises whatever the model's own code does under tracing
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise NotExportable(f"{type(model).__name__} cannot be exported: {reason.strip()}") from error
+        self.program = trace(model, example)
         self.nodes = [node for node in self.program.graph.nodes if node.op == "call_function"]
         names = [self.layer(node) for node in self.nodes]
         self.calls = {name: [n for n, owner in zip(self.nodes, names, strict=True) if owner == name] for name in names}

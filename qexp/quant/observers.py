@@ -87,7 +87,7 @@ class MinMaxObserver(nn.Module):
 class HistogramObserver(MinMaxObserver):
     """Extrema and a histogram that widens by doubling, so its content never depends on the order of the batches.
 
-    2 x 2^14 bins cover [-2^e, 2^e), e being the smallest exponent that holds all values: between 8,192 and 16,384
+    2 x 2^14 bins cover [-2^e, 2^e), e >= -100 the smallest exponent that holds all values: between 8,192 and 16,384
     bins lie between 0 and max|x|. Zeros are counted apart, because after a ReLU they are a spike and no density.
     """
 
