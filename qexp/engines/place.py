@@ -176,6 +176,7 @@ def place(model: onnx.ModelProto, float_sites: set[str]) -> Artefact:
     rewriter.activations_to_bounds()
     rewriter.drop_idle_clips()
     rewriter.drop_unused_constants()
+    del rewriter.graph.value_info[:]  # shapes before the rewrites; an engine infers its own
     onnx.checker.check_model(rewriter.model)
     return Artefact(rewriter.model, rewriter.codes, rewriter.pools)
 

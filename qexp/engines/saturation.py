@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from qexp.engines.base import Engine
+from qexp.engines.base import Engine, start
 from qexp.quant.onnx_form import OPSET
 
 CHANNELS, SIZE = 64, 4
@@ -18,7 +18,7 @@ def saturates(engine: Engine) -> bool:
     A pair of such products is 64,770 and does not fit 16 signed bits: a saturating kernel is off by half.
     """
     images = np.full((1, CHANNELS, SIZE, SIZE), 255, np.float32)
-    (result,) = engine.session(_probe(), images.shape, 1).run(images)
+    (result,) = start(engine, _probe(), images.shape, 1).run(images)
     exact = 255.0 * 127 * CHANNELS
     # The output is quantized to 255 steps; saturated sums are 50 steps and more away.
     return bool(np.abs(result - exact).max() > 2 * exact / 255)

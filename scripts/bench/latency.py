@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -246,6 +247,20 @@ def table(title: str, rows: list[dict]) -> Table:
     return shown
 
 
+def summary(results: list[dict]) -> Table:
+    """All configurations, fastest over fastest; Markdown, so that it can go into a page as it is."""
+    shown = Table(box=box.MARKDOWN)
+    shown.add_column("fastest fp32 call over fastest call")
+    for case in results:
+        shown.add_column(f"{case['model']}, batch {case['batch']}, {case['threads']} thr.", justify="right")
+    for position, name in enumerate(SIDES):
+        rows = [case["rows"][position] for case in results]
+        cells = [row["note"] or f"{row['ratio_fastest']:.2f}x" for row in rows]
+        if name != AGAIN:
+            shown.add_row(name, *cells)
+    return shown
+
+
 def measure(options: argparse.Namespace) -> list[dict]:
     """All configurations, one table each."""
     results: list[dict] = []
@@ -284,6 +299,7 @@ def main() -> None:
     options = _arguments()
     warnings.filterwarnings("ignore")
     results = measure(options)
+    Console(width=250).print(summary(results))
     if options.json:
         peers = {name: version(name) if find_spec(name) else "missing" for name in PEERS}
         versions = machine.versions() | peers
