@@ -250,9 +250,9 @@ def table(title: str, rows: list[dict]) -> Table:
 def summary(results: list[dict]) -> Table:
     """All configurations, fastest over fastest; Markdown, so that it can go into a page as it is."""
     shown = Table(box=box.MARKDOWN)
-    shown.add_column("fastest fp32 call over fastest call")
+    shown.add_column("b: batch, t: threads")
     for case in results:
-        shown.add_column(f"{case['model']}, batch {case['batch']}, {case['threads']} thr.", justify="right")
+        shown.add_column(f"{case['model']} b{case['batch']} t{case['threads']}", justify="right")
     for position, name in enumerate(SIDES):
         rows = [case["rows"][position] for case in results]
         cells = [row["note"] or f"{row['ratio_fastest']:.2f}x" for row in rows]
@@ -299,7 +299,7 @@ def main() -> None:
     options = _arguments()
     warnings.filterwarnings("ignore")
     results = measure(options)
-    Console(width=250).print(summary(results))
+    Console(width=400).print(summary(results))
     if options.json:
         peers = {name: version(name) if find_spec(name) else "missing" for name in PEERS}
         versions = machine.versions() | peers

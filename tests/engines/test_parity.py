@@ -16,7 +16,6 @@ from qexp.engines.place import Artefact
 from qexp.quant.convert import layers, quantizers
 from qexp.quant.quantizer import Mode
 
-
 PAIRS = [
     *((net, "w8a8") for net in ("plain", "residual", "twice", "pooled", "perceptron")),
     ("plain", "w4a4"), ("perceptron", "w4a4"), ("residual", "w2a3"), ("pooled", "w2a3"), ("twice", "symmetric"),

@@ -11,7 +11,6 @@ from torch import nn
 from qexp.engines.export import site_of
 from qexp.engines.place import place
 
-
 PAIRS = [
     *((net, "w8a8") for net in ("plain", "residual", "twice", "pooled", "perceptron")),
     ("plain", "w4a4"), ("perceptron", "w4a4"), ("residual", "w2a3"), ("pooled", "w2a3"), ("twice", "symmetric"),
