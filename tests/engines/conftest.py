@@ -11,6 +11,7 @@ from qexp.engines.deploy import certify_deployment, deploy, simulation_for
 from qexp.engines.export import export_quantized
 from qexp.engines.onnxruntime import OnnxRuntime
 from qexp.engines.openvino import OpenVino
+from qexp.engines.saturation import saturates
 from qexp.quant.convert import calibrating, fold_batchnorm_, layers, quantize_
 from qexp.quant.dataflow import Dataflow
 from qexp.quant.granularity import PerChannel, PerTensor
@@ -74,8 +75,10 @@ NETS = {
     "plain": (plain, (3, 8, 8)), "residual": (Residual, (3, 8, 8)), "twice": (Twice, (3, 8, 8)),
     "pooled": (pooled, (3, 12, 12)), "perceptron": (perceptron, (12,)),
 }  # fmt: skip
+# Where sums of two u8 x s8 products saturate in 16 bits, parity is for weights of 7 bits.
+WIDE = 7 if any(saturates(make()) for make in ENGINES.values()) else 8
 RECIPES = {
-    "w8a8": Recipe(Scheme(IntegerGrid(8, "restricted"), PerChannel(0)), Scheme(IntegerGrid(8, "affine"))),
+    "w8a8": Recipe(Scheme(IntegerGrid(WIDE, "restricted"), PerChannel(0)), Scheme(IntegerGrid(8, "affine"))),
     "w4a4": Recipe(Scheme(IntegerGrid(4, "restricted"), PerChannel(0)), Scheme(IntegerGrid(4, "affine"))),
     "w2a3": Recipe(Scheme(IntegerGrid(2, "full_range"), PerTensor()), Scheme(IntegerGrid(3, "affine"))),
     "symmetric": Recipe(Scheme(IntegerGrid(5, "wide_codes"), PerTensor()), Scheme(IntegerGrid(6, "full_range"))),
