@@ -175,30 +175,32 @@ SPARED = ["codes = %", "int8 MACs %", "SQNR dB", "fp32 %"]
 
 def sweep_table(rows: list[dict[str, Any]], console: Console = output) -> Table:
     """Several runs, one a row; columns are the choices that vary and the figures that matter most."""
+    known = [row["metrics"].get for row in rows if row["metrics"] is not None]
+    filled = [heading for heading, cell in SWEEP_COLUMNS.items() if any(map(cell, known))] or ["quant %"]
+    spared = [heading for heading in SPARED if heading in filled]
     unbounded = console.options.update(max_width=10_000)
-    for count in range(len(SPARED) + 1):
-        table = _sweep_table(rows, SPARED[:count])
+    for count in range(len(spared) + 1):
+        table = _sweep_table(rows, filled, spared[:count])
         if console.measure(table, options=unbounded).maximum <= console.width:
             break
     return table
 
 
-def _sweep_table(rows: list[dict[str, Any]], spared: list[str]) -> Table:
+def _sweep_table(rows: list[dict[str, Any]], filled: list[str], spared: list[str]) -> Table:
     varied = list(dict.fromkeys(key for row in rows for key in row["choice"]))
+    shown = [heading for heading in filled if heading not in spared]
     table = Table(
         title=f"{len(rows)} runs", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False,
         caption=f"a wider terminal also shows {', '.join(spared)}" if spared else None, collapse_padding=True,
     )  # fmt: skip
     for key in varied:
         table.add_column(key.removeprefix("quantizer."), overflow="fold")
-    shown = {heading: cell for heading, cell in SWEEP_COLUMNS.items() if heading not in spared}
     for heading in shown:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("run", overflow="fold")
     for row in rows:
-        found = row["metrics"]
-        cells = (
-            ["[red]failed[/red]", *[""] * (len(shown) - 1)] if found is None else [c(found.get) for c in shown.values()]
-        )
+        cells = ["[red]failed[/red]", *[""] * (len(shown) - 1)]
+        if row["metrics"] is not None:
+            cells = [SWEEP_COLUMNS[heading](row["metrics"].get) for heading in shown]
         table.add_row(*[escape(row["choice"].get(key, "")) for key in varied], *cells, row["run_id"])
     return table
