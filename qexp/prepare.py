@@ -5,6 +5,8 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,35 @@ def network(config: dict[str, Any], data: pl.LightningDataModule) -> nn.Module:
     return net
 
 
+@contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; Lightning trains each module in the mode that it finds."""
+    modes = {module: module.training for module in net.modules()}
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@torch.no_grad()
+def require_logits(net: nn.Module, images: Tensor, num_classes: int) -> None:
+    """Refuse a network that cannot be called on these images, or returns no logits. Errors: ConfigError."""
+    kind, shape = type(net).__name__, tuple(images.shape)
+    try:
+        with evaluating(net):
+            logits = net(images)
+    except Exception as error:  # whatever the network's own code raises
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"model: {kind} cannot be called on images of shape {shape} ({why})") from error
+    if not isinstance(logits, Tensor):
+        raise ConfigError(f"model: {kind} returns a {type(logits).__name__}, but must return logits")
+    if logits.shape != (len(images), num_classes):
+        expected = (len(images), num_classes)
+        raise ConfigError(f"model: {kind} returns a tensor of shape {tuple(logits.shape)}, but must return {expected}")
+
+
 def _target(section: dict[str, Any], key: str) -> Any:
     try:
         target = _locate(section["_target_"])
@@ -96,6 +127,7 @@ def ready(settings: Settings) -> tuple[pl.LightningDataModule, nn.Module, list[E
     data = data_module(config)
     net = network(config, data)
     if settings.method == "ptq":
+        calibration_loader(data, settings.seed)
         names = [name for name, _ in net.named_modules()]
         # A pattern may also mean an addition, which gets its name when the network is traced.
         known = tuple(pattern for pattern in recipe.exclude if fnmatch.filter(names, pattern))

@@ -94,16 +94,17 @@ def _float_network(settings: Settings, outputs: Path, logger: Any) -> Run:
     """Data, and the float network trained (or from the cache), evaluated and traced."""
     with terminal.stage("data and network"):
         data, net, engines = prepare.ready(settings)
-    cache = prepare.float_cache(settings, net, data, outputs)
-    prepare.train_(net, settings, data, cache, logger.lightning)
     example = prepare.example_images(data)
-    try:
-        flow = Dataflow(net, example)
-        ready, warning = additions_to_modules(net, flow)
-        if ready is not net:
-            net, flow = ready, Dataflow(ready, example)
-    except NotExportable as error:
-        raise ConfigError(f"model: {error}") from None
+    prepare.require_logits(net, example, data.num_classes)
+    cache = prepare.float_cache(settings, net, data, outputs)
+    if not cache.folder.exists():
+        with prepare.evaluating(net):
+            _trace(net, example)  # what cannot be traced need not be trained
+    prepare.train_(net, settings, data, cache, logger.lightning)
+    flow = _trace(net, example)
+    ready, warning = additions_to_modules(net, flow)
+    if ready is not net:
+        net, flow = ready, _trace(ready, example)
     if warning:
         terminal.output.print(f"warning: {warning}", markup=False)
     with terminal.stage("evaluating the float network") as update:
@@ -116,6 +117,13 @@ def _float_network(settings: Settings, outputs: Path, logger: Any) -> Run:
             except NotExportable as error:
                 job.refused(str(error))
     return job
+
+
+def _trace(net: nn.Module, example: Tensor) -> Dataflow:
+    try:
+        return Dataflow(net, example)
+    except NotExportable as error:
+        raise ConfigError(f"model: {error}") from None
 
 
 def _float_only(job: Run) -> None:
@@ -135,7 +143,7 @@ def _quantize(job: Run) -> None:
     try:
         probe = copy.deepcopy(model)
         quantize_(probe, recipe)
-        outputs = job.flow.open_convolutions({name for name, _ in layers(probe)})
+        outputs = job.flow.open_layers({name for name, _ in layers(probe)})
         quantize_(model, recipe, tuple(outputs))
     except ValueError as error:
         text = str(error)
@@ -145,7 +153,8 @@ def _quantize(job: Run) -> None:
         loader = prepare.calibration_loader(job.data, settings.seed)
         prepare.trainer(settings.config, update).validate(PTQTask(model, job.data.num_classes), loader, verbose=False)
     job.metrics["time/calibrate_s"] = time.perf_counter() - start
-    job.quantized, job.in_float = model, unquantized(model, recipe)
+    products = [(name, "product", "written as a function") for name in job.flow.functional_products()]
+    job.quantized, job.in_float = model, unquantized(model, recipe) + products
 
 
 def _deploy_all(job: Run) -> None:

@@ -168,6 +168,20 @@ class Net(nn.Module):
         return self.head(self.relu(self.odd(self.conv(x))).mean((2, 3)))
 
 
+class Odd(Net):
+    def __init__(self, num_classes, in_channels, way):
+        super().__init__(num_classes, in_channels)
+        self.way = way
+
+    def forward(self, x):
+        if self.way == "raises":
+            raise RuntimeError("no\\nidea")
+        y = super().forward(x)
+        if self.way == "branches" and y.sum() > 0:
+            y = -y
+        return {"tuple": (y, y), "short": y[:, :2]}.get(self.way, y)
+
+
 class Data(pl.LightningDataModule):
     num_classes, input_shape = 3, (1, 6, 6)
 
@@ -250,6 +264,10 @@ REFUSED = {
     "model._target_=broken.Net": (ConfigError, "model._target_=broken.Net: cannot be imported .*division by zero"),
     "model._target_=mine.Wrong": (ConfigError, r"model._target_=mine.Wrong: cannot be made \(RuntimeError: no weights"),
     "model._target_=mine.Data": (ConfigError, "model._target_=mine.Data: must return an nn.Module, not Data"),
+    "model._target_=mine.Odd +model.way=tuple": (ConfigError, "model: Odd returns a tuple, but must return logits"),
+    "model._target_=mine.Odd +model.way=short": (ConfigError, r"model: Odd returns a tensor of shape \(2, 2\), but must"),
+    "model._target_=mine.Odd +model.way=raises": (ConfigError, r"Odd cannot be called on images of .* \(no idea\)"),
+    "model._target_=mine.Odd +model.way=branches": (ConfigError, "model: Odd cannot be exported: "),
     "model._target_=mine.number": (ConfigError, "model._target_=mine.number: must be a class or function"),
     "data._target_=mine.Net": (ConfigError, "data._target_=mine.Net: "),
     "data._target_=mine.NoClasses": (ConfigError, "data: NoClasses must have an attribute num_classes"),
@@ -273,6 +291,8 @@ def test_what_cannot_work_is_one_sentence_and_no_result(mine, tmp_path, monkeypa
         mine(*asked.split(" "))
     assert "\n" not in str(refusal.value).strip()
     assert not list(tmp_path.glob("runs/*"))
+    if kind is ConfigError and "exclude=" not in asked:  # additions have names only after the network is traced
+        assert not list(tmp_path.glob("cache/float/*"))
 
 
 def test_a_damaged_float_network_is_refused(mine, tmp_path):

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 import onnx
 import onnxscript.optimizer
 import torch
+import torch.onnx.ops  # registers the operator below
 from onnx import numpy_helper
 from torch import nn
 from torch.export import ExportedProgram
@@ -30,6 +31,13 @@ from qexp.quant.onnx_form import OPSET
 from qexp.quant.quantizer import Mode
 
 INPUT, OUTPUT = "input", "output"
+aten = torch.ops.aten
+# Operators that have an ONNX form of their own; of a graph with any other, the exporter makes simpler ones first.
+DIRECT = {
+    torch.ops.onnx_symbolic._symbolic.default, aten.conv2d.default, aten.linear.default, aten.add.Tensor,
+    aten.relu.default, aten.hardtanh.default, aten.mean.dim, aten.flatten.using_ints, aten.max_pool2d.default,
+    aten.sym_size.int,
+}  # fmt: skip
 SITE_OPERATORS = ("QuantizeLinear", "Clip", "DequantizeLinear")
 
 
@@ -91,13 +99,12 @@ def export_quantized(model: nn.Module, flow: Dataflow) -> onnx.ModelProto:
 
 
 def _decomposed_at_need(program: ExportedProgram) -> ExportedProgram:
-    """Let the exporter, which would trace the graph once more for it, decompose operators only where there are any."""
+    """Let the exporter, which would trace the graph once more for it, decompose operators only where it must."""
     decompose = program.run_decompositions
 
     def run_decompositions(table: dict) -> ExportedProgram:
         operators = {node.target for node in program.graph.nodes if node.op == "call_function"}
-        needed = any(operator in table or operator._schema.is_mutable for operator in operators)
-        return decompose(table) if needed else program
+        return program if operators <= DIRECT else decompose(table)
 
     program.run_decompositions = run_decompositions
     return program

@@ -27,7 +27,7 @@ from qexp.quant.recipe import Recipe
 QUANTIZED: dict[type, tuple[type, tuple[str, ...]]] = {
     nn.Conv2d: (QuantConv2d, ("input", "output")),
     nn.Linear: (QuantLinear, ("input", "output")),
-    Add: (QuantAdd, ("a", "b")),
+    Add: (QuantAdd, ("a", "b", "output")),
     nn.AdaptiveAvgPool2d: (QuantAdaptiveAvgPool2d, ("input",)),
 }
 KINDS = {quantized: kind.__name__ for kind, (quantized, _) in QUANTIZED.items()}
@@ -98,7 +98,9 @@ def refuse_unquantizable(model: nn.Module, recipe: Recipe) -> None:
                 "write attention with nn.Linear, or exclude the layer"
             )
         matrices = [p for p in module.parameters(recurse=False) if p.dim() >= 2]
-        if matrices and type(module) not in QUANTIZED and not isinstance(module, LOOKUPS):
+        # A module that holds others may own a parameter, such as the positions of a transformer.
+        is_layer = type(module).__module__.startswith("torch.nn.") or not any(True for _ in module.children())
+        if name and is_layer and matrices and type(module) not in QUANTIZED and not isinstance(module, LOOKUPS):
             raise ValueError(
                 f"layer {name!r} is a {type(module).__name__}, which has weights but no quantized counterpart: "
                 f"exclude it, or use one of {', '.join(kind.__name__ for kind in QUANTIZED)}"
@@ -117,9 +119,12 @@ def unquantized(model: nn.Module, recipe: Recipe) -> list[tuple[str, str, str]]:
             reason = "no convolution or linear layer feeds it alone, so it cannot be folded"
         elif isinstance(module, LOOKUPS):
             reason = "a lookup, no matrix product"
+        elif any(True for _ in module.children()):
+            names = ", ".join(parameter for parameter, _ in module.named_parameters(recurse=False))
+            reason = f"parameters outside of its layers: {names}"
         else:
             reason = "works element by element"
-        rows.append((name, type(module).__name__, reason))
+        rows.append((name or "(the model itself)", type(module).__name__, reason))
     return rows
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+import logging
 import math
 import warnings
+from contextlib import redirect_stderr
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,6 +19,10 @@ aten = torch.ops.aten
 CONVOLUTIONS = (aten.conv2d.default, aten.conv2d.padding)
 BATCHNORMS = (aten.batch_norm.default,)
 ADDITIONS = (aten.add.Tensor, aten.add_.Tensor)
+PRODUCTS = {
+    **dict.fromkeys(CONVOLUTIONS, "conv2d"), aten.linear.default: "linear", aten.matmul.default: "matmul",
+    aten.bmm.default: "bmm", aten.scaled_dot_product_attention.default: "scaled_dot_product_attention",
+}  # fmt: skip
 # Operators that an engine fuses into the layer before them, drops at inference, or runs on codes.
 TRANSPARENT = (
     *BATCHNORMS, aten.relu.default, aten.relu_.default, aten.hardtanh.default, aten.hardtanh_.default,
@@ -29,14 +36,18 @@ class NotExportable(ValueError):
 
 def trace(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
     """The ATen graph of one forward pass, for batches of any size. Errors: NotExportable."""
+    disabled = logging.root.manager.disable
+    logging.disable()  # a refusal is one sentence, and not a page of what torch met on the way
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             batch = {0: torch.export.Dim("batch")} if len(example) > 1 else None
             return torch.export.export(model, (example,), dynamic_shapes=(batch,), strict=False)
     except Exception as error:  # torch.export raises whatever the model's own code does under tracing
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise NotExportable(f"{type(model).__name__} cannot be exported: {reason.strip()}") from error
+    finally:
+        logging.disable(disabled)
 
 
 class Dataflow:
@@ -90,12 +101,12 @@ class Dataflow:
             source = source.args[0]
         return isinstance(source, fx.Node) and source.target in CONVOLUTIONS and len(source.users) == 1
 
-    def open_convolutions(self, quantized: set[str]) -> list[str]:
-        """Convolutions of which some reader, past fusable operators, is no layer with a quantized input."""
+    def open_layers(self, quantized: set[str]) -> list[str]:
+        """Convolutions and additions of which some reader, past fusable operators, is no layer that quantizes it."""
         return [
             self.layer(node)
             for node in self.nodes
-            if node.target in CONVOLUTIONS
+            if node.target in (*CONVOLUTIONS, *ADDITIONS)
             and self.layer(node) in quantized
             and not all(self.layer(reader) in quantized for reader in self._readers(node))
         ]
@@ -117,16 +128,31 @@ class Dataflow:
             and all(isinstance(a, fx.Node) and (a.op == "call_function" or a.name in inputs) for a in node.args[:2])
         ]
 
+    def functional_products(self) -> list[str]:
+        """Matrix products and convolutions written as functions, each as "module.function"."""
+        return [name for name in self.macs() if name not in self.modules]
+
     def macs(self) -> dict[str, int]:
-        """Multiply-accumulates of one sample in each convolution and linear layer."""
+        """Multiply-accumulates of one sample in each convolution and linear layer, and in each product of tensors."""
         counts: dict[str, int] = {}
         for node in self.nodes:
-            if node.target in (*CONVOLUTIONS, aten.linear.default):
-                # Output elements of one sample, times the inputs that each of them sums over.
-                outputs = math.prod(int(n) for n in node.meta["val"].shape[1:])
-                summed = math.prod(int(n) for n in node.args[1].meta["val"].shape[1:])
-                counts[self.layer(node)] = counts.get(self.layer(node), 0) + outputs * summed
+            if node.target in PRODUCTS:
+                name = self.layer(node)
+                if type(self.modules.get(name)) not in (nn.Conv2d, nn.Linear):
+                    name = f"{name}.{PRODUCTS[node.target]}".lstrip(".")
+                counts[name] = counts.get(name, 0) + _macs(node)
         return counts
+
+
+def _macs(node: fx.Node) -> int:
+    """Output elements of one sample, times the inputs that each of them sums over."""
+    first, second = (list(arg.meta["val"].shape) for arg in node.args[:2])
+    if node.target is aten.scaled_dot_product_attention.default:
+        tokens, keys, inner = first[-2], second[-2], first[-1] + node.args[2].meta["val"].shape[-1]
+        return math.prod(int(n) for n in (*first[1:-2], tokens, keys, inner))
+    outputs = math.prod(int(n) for n in node.meta["val"].shape[1:])
+    by_weight = node.target in (*CONVOLUTIONS, aten.linear.default)
+    return outputs * math.prod(int(n) for n in (second[1:] if by_weight else first[-1:]))
 
 
 def _source(node: fx.Node) -> str:

@@ -75,10 +75,10 @@ class QuantConv2d(nn.Conv2d):
 
 
 class QuantAdd(Add):
-    """y = Q(a) + Q(b); an engine may want one of the two in float."""
+    """y = Q(a) + Q(b), then Q(y) where an engine needs it; an engine may want one of the two in float."""
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return self.a_quantizer(a) + self.b_quantizer(b)
+        return self.output_quantizer(self.a_quantizer(a) + self.b_quantizer(b))
 
 
 class QuantAdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):

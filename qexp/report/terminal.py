@@ -20,6 +20,7 @@ if not output.is_terminal:
     output = Console(highlight=False, soft_wrap=True, width=200)  # in a file or a pipe nothing is narrow
 
 LOG_EVERY_S = 20
+BEWARE = 0.01  # share of decisions in which engine and simulation may differ without a word
 
 Update = Callable[[int, int], None]  # called with what is done and what there is
 
@@ -148,6 +149,11 @@ def report(job) -> None:
     for name, kind, reason in job.in_float:
         output.print(f"in float: {name} ({kind}): {reason}", markup=False)
     engines = [engine.name for engine in job.engines]
+    for name in engines:
+        flips = job.metrics.get(f"{name}/parity/argmax_flips", 0)
+        if flips > BEWARE * len(job.reference):
+            text = f"beware: {name} decides {flips} of {len(job.reference)} samples otherwise than the simulation"
+            output.print(f"{text}: its figures are its own, the simulation does not explain them", markup=False)
     output.print(run_table(job.metrics, engines, job.settings.label))
     where(job)
 

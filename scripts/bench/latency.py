@@ -94,7 +94,7 @@ def prepare(name: str) -> Network:
     model = copy.deepcopy(net)
     fold_batchnorm_(model, flow)
     layers = {layer for layer, module in model.named_modules() if type(module) in QUANTIZED}
-    quantize_(model, RECIPE, tuple(flow.open_convolutions(layers)))
+    quantize_(model, RECIPE, tuple(flow.open_layers(layers)))
     with torch.no_grad(), calibrating(model):
         model(images)
     graph = export_quantized(model, flow)

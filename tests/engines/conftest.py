@@ -101,7 +101,7 @@ def quantized(net: nn.Module, images: torch.Tensor, recipe: Recipe = RECIPES["w8
     fold_batchnorm_(model, flow)
     probe = copy.deepcopy(model)
     quantize_(probe, recipe)
-    quantize_(model, recipe, tuple(flow.open_convolutions({name for name, _ in layers(probe)})))
+    quantize_(model, recipe, tuple(flow.open_layers({name for name, _ in layers(probe)})))
     with torch.no_grad(), calibrating(model):
         model(images)
     return SimpleNamespace(net=net, images=images, flow=flow, model=model, graph=export_quantized(model, flow))

@@ -69,9 +69,9 @@ def test_branches_of_an_addition_are_convolutions_that_nothing_else_reads():
 
 def test_an_open_convolution_has_a_reader_without_a_quantized_input():
     flow = flow_of(Small(), 2, 3, 10, 10)
-    assert flow.open_convolutions({"stem", "depth", "point", "add", "fc"}) == []
-    assert flow.open_convolutions({"stem", "depth", "point", "fc"}) == ["stem", "point"]
-    assert flow_of(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()), 2, 3, 4, 4).open_convolutions({"0"}) == ["0"]
+    assert flow.open_layers({"stem", "depth", "point", "add", "fc"}) == []
+    assert flow.open_layers({"stem", "depth", "point", "fc"}) == ["stem", "point"]
+    assert flow_of(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()), 2, 3, 4, 4).open_layers({"0"}) == ["0"]
 
 
 class Residual(nn.Module):
