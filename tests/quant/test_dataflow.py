@@ -67,10 +67,12 @@ def test_branches_of_an_addition_are_convolutions_that_nothing_else_reads():
     assert flow_of(Small(), 2, 3, 10, 10).convolution_branches() == {"add": ["b"]}
 
 
-def test_an_open_convolution_has_a_reader_without_a_quantized_input():
+def test_an_open_layer_has_a_reader_without_a_quantized_input():
     flow = flow_of(Small(), 2, 3, 10, 10)
-    assert flow.open_layers({"stem", "depth", "point", "add", "fc"}) == []
+    # The mean that reads the addition is a function and quantizes nothing.
+    assert flow.open_layers({"stem", "depth", "point", "add", "fc"}) == ["add"]
     assert flow.open_layers({"stem", "depth", "point", "fc"}) == ["stem", "point"]
+    assert flow_of(resnet8(), 2, 1, 8, 8).open_layers({name for name, _ in resnet8().named_modules()}) == []
     assert flow_of(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()), 2, 3, 4, 4).open_layers({"0"}) == ["0"]
 
 
