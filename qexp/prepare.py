@@ -20,10 +20,14 @@ from torch.utils.data import DataLoader
 
 from qexp.engines.base import Engine
 from qexp.machine import versions
-from qexp.quant.convert import refuse_unquantizable
+from qexp.quant.convert import fold_batchnorm_, refuse_unquantizable, site_shapes
+from qexp.quant.dataflow import Dataflow
+from qexp.quant.granularity import PerTensor
+from qexp.quant.observers import Observer
+from qexp.quant.sketch import Sketch
 from qexp.report import terminal
 from qexp.settings import ConfigError, Settings, build
-from qexp.store import FloatCache, StoreError
+from qexp.store import StoreError, TensorCache
 from qexp.tasks.fp32 import Float32Task
 from qexp.tasks.progress import TellProgress
 
@@ -131,11 +135,24 @@ def ready(settings: Settings) -> tuple[pl.LightningDataModule, nn.Module, list[E
         names = [name for name, _ in net.named_modules()]
         # A pattern may also mean an addition, which gets its name when the network is traced.
         known = tuple(pattern for pattern in recipe.exclude if fnmatch.filter(names, pattern))
+        shapes = None
+        if recipe.activation.granularity != PerTensor():
+            require_logits(net, example_images(data), data.num_classes)
+            with evaluating(net):
+                shapes = site_shapes(net, example_images(data))
         try:
-            refuse_unquantizable(net, replace(recipe, exclude=known))
+            refuse_unquantizable(net, replace(recipe, exclude=known), shapes)
         except ValueError as error:
-            raise ConfigError(f"quantizer: {error}") from None
+            raise ConfigError(blamed(error)) from None
     return data, net, engines
+
+
+def blamed(error: ValueError) -> str:
+    """What the quantization core says of a layer, after the name of the group that can mend it."""
+    text = str(error)
+    if text.startswith("exclude"):
+        return f"quantizer.{text}"
+    return f"{'granularity' if ' blocks ' in text else 'quantizer'}: {text}"
 
 
 def trainer(config: dict[str, Any], update: terminal.Update, fit: bool = False, logger: Any = False) -> pl.Trainer:
@@ -162,7 +179,7 @@ def _trainer(config: dict[str, Any], update: terminal.Update, fit: bool, logger:
     )
 
 
-def float_cache(settings: Settings, net: nn.Module, data: pl.LightningDataModule, outputs: Path) -> FloatCache:
+def float_cache(settings: Settings, net: nn.Module, data: pl.LightningDataModule, outputs: Path) -> TensorCache:
     """The place of this float network in the cache: the hash of all that determines its weights."""
     config = settings.config
     determined_by = {
@@ -177,7 +194,17 @@ def float_cache(settings: Settings, net: nn.Module, data: pl.LightningDataModule
             *{type(module) for module in net.modules()},
         ),
     }  # fmt: skip
-    return FloatCache(outputs / "cache" / "float", determined_by)
+    return TensorCache(outputs / "cache" / "float", determined_by, "train again")
+
+
+def sketch_cache(float_network: TensorCache, settings: Settings) -> TensorCache:
+    """The place of what the calibration pass saw: the hash of the float network and of the data that passed."""
+    determined_by = {
+        "float network": float_network.determined_by,
+        "calibration data": settings.config["data"],
+        "sources": _source_hashes(Sketch, Observer, Dataflow, fold_batchnorm_),
+    }
+    return TensorCache(float_network.root.parent / "sketch", determined_by, "calibrate again")
 
 
 def _source_hashes(*things: Any) -> list[str]:
@@ -192,7 +219,7 @@ def _source_hashes(*things: Any) -> list[str]:
     return sorted(hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files)
 
 
-def train_(net: nn.Module, settings: Settings, data: pl.LightningDataModule, cache: FloatCache, logger: Any) -> None:
+def train_(net: nn.Module, settings: Settings, data: pl.LightningDataModule, cache: TensorCache, logger: Any) -> None:
     """Give the network its trained weights. Errors: ValueError if training diverges, StoreError for a damaged cache."""
     with cache.lock():
         state = cache.load()

@@ -12,6 +12,7 @@ from torch import nn
 from qexp.engines.deploy import Deployment
 from qexp.engines.latency import Timings
 from qexp.machine import commit, processor, versions
+from qexp.metrics.footprint import site_bits
 from qexp.metrics.sqnr import QuantizationNoise
 from qexp.quant.convert import layers
 from qexp.quant.quantizer import Mode, Quantizer
@@ -19,7 +20,7 @@ from qexp.store import write_json
 
 LAYER_COLUMNS = (
     "site", "kind", "layer", "bits", "format", "convention", "granularity", "calibration",
-    "sqnr_db", "mse", "clipped_share", "macs", "engine_int8",
+    "sqnr_db", "mse", "clipped_share", "macs", "engine_int8", "rounding", "scale", "scales", "bytes",
 )  # fmt: skip
 
 
@@ -36,7 +37,8 @@ def layer_rows(
     for name, layer in layers(model):
         for site in layer.children():
             if isinstance(site, Quantizer) and site.mode is Mode.QUANTIZE:
-                scheme, is_weight = site.scheme, bool(site.shape)
+                scheme, is_weight = site.scheme, site.is_weight
+                codes, qparams = site_bits(site)
                 figures = noise[site.site].compute() if site.site in noise else {}
                 rows.append({
                     "site": site.site, "kind": "weight" if is_weight else "activation", "layer": name,
@@ -44,6 +46,8 @@ def layer_rows(
                     "granularity": str(scheme.granularity), "calibration": str(scheme.calibration), **figures,
                     "macs": macs.get(name, 0) if is_weight else 0,
                     "engine_int8": deployment.runs_int8(name) if deployment else False,
+                    "rounding": str(scheme.rounding), "scale": scheme.grid.scale,
+                    "scales": 0 if site.dynamic else site.scale.numel(), "bytes": -(-(codes + qparams) // 8),
                 })  # fmt: skip
     return rows
 

@@ -20,13 +20,23 @@ from qexp.engines.base import Engine, EngineRefused
 from qexp.engines.deploy import certify_deployment, deploy, measure, simulation_for
 from qexp.engines.export import export_float, export_quantized
 from qexp.engines.saturation import saturates
+from qexp.metrics.footprint import footprint
 from qexp.metrics.sites import measuring_sites
 from qexp.metrics.sqnr import QuantizationNoise, sqnr_db
-from qexp.quant.convert import calibrating, fold_batchnorm_, layers, quantize_, unquantized
+from qexp.quant.convert import (
+    calibrating,
+    fold_batchnorm_,
+    observing,
+    quantize_,
+    recall_,
+    site_shapes,
+    targets,
+    unquantized,
+)
 from qexp.quant.dataflow import Dataflow, NotExportable, additions_to_modules
 from qexp.report import terminal
 from qexp.settings import ConfigError, Settings, build
-from qexp.store import replacing, run_id, writable
+from qexp.store import TensorCache, replacing, run_id, writable
 from qexp.tasks.ptq import PTQTask
 from qexp.tracking import RunInfo
 
@@ -41,6 +51,7 @@ class Run:
     flow: Dataflow
     engines: list[Engine]  # those that have not refused the network
     reference: Tensor  # logits of the float network on the test set
+    sketches: TensorCache  # what calibration passes over this network have seen
     metrics: dict[str, Any] = field(default_factory=dict)
     graphs: dict[str, onnx.ModelProto] = field(default_factory=dict)  # "fp32", and engine -> its int8 graph
     quantized: nn.Module | None = None
@@ -109,7 +120,8 @@ def _float_network(settings: Settings, outputs: Path, logger: Any) -> Run:
         terminal.output.print(f"warning: {warning}", markup=False)
     with terminal.stage("evaluating the float network") as update:
         task = _test(settings, data, net, update)
-    job = Run(settings, data, net, flow, engines, task.logits, {"acc/fp32": _accuracy(task)})
+    sketches = prepare.sketch_cache(cache, settings)
+    job = Run(settings, data, net, flow, engines, task.logits, sketches, {"acc/fp32": _accuracy(task)})
     if engines:
         with terminal.stage("exporting the float network to ONNX"):
             try:
@@ -141,20 +153,48 @@ def _quantize(job: Run) -> None:
     model = copy.deepcopy(job.net)
     fold_batchnorm_(model, job.flow)
     try:
-        probe = copy.deepcopy(model)
-        quantize_(probe, recipe)
-        outputs = job.flow.open_layers({name for name, _ in layers(probe)})
-        quantize_(model, recipe, tuple(outputs))
+        quantized = {name for name, _ in targets(model, recipe)}
+        shapes = site_shapes(model, job.flow.example)
+        quantize_(model, recipe, tuple(job.flow.open_layers(quantized)), _logits_layer(job, quantized), shapes)
     except ValueError as error:
-        text = str(error)
-        raise ConfigError(f"quantizer.{text}" if text.startswith("exclude") else f"quantizer: {text}") from None
+        raise ConfigError(prepare.blamed(error)) from None
     start = time.perf_counter()
-    with terminal.stage("calibrating") as update, calibrating(model):
-        loader = prepare.calibration_loader(job.data, settings.seed)
-        prepare.trainer(settings.config, update).validate(PTQTask(model, job.data.num_classes), loader, verbose=False)
+    _calibrate(job, model)
     job.metrics["time/calibrate_s"] = time.perf_counter() - start
     products = [(name, "product", "written as a function") for name in job.flow.functional_products()]
     job.quantized, job.in_float = model, unquantized(model, recipe) + products
+    job.metrics |= footprint(model).metrics()
+
+
+def _logits_layer(job: Run, quantized: set[str]) -> str | None:
+    recipe = job.settings.recipe
+    if recipe.logits is None:
+        return None
+    name = job.flow.logits_layer()
+    if name not in quantized:
+        what = f"the output of layer {name!r}, which is excluded," if name else "what is no output of a layer"
+        raise ConfigError(f"calibration.logits={recipe.logits}: {type(job.net).__name__} returns {what}; choose null")
+    return name
+
+
+def _calibrate(job: Run, model: nn.Module) -> None:
+    """One pass over the calibration data, unless one over the same data and network has been made before."""
+    with calibrating(model):
+        with job.sketches.lock():
+            seen = job.sketches.load() or {}
+            recall_(model, seen)
+            if observers := observing(model):
+                _calibration_pass(job, model)
+                job.sketches.save(seen | {key: observer.state() for key, observer in observers.items()})
+            else:
+                terminal.console.print("[dim]       -[/dim]  calibration pass from the cache")
+
+
+def _calibration_pass(job: Run, model: nn.Module) -> None:
+    loader = prepare.calibration_loader(job.data, job.settings.seed)
+    with terminal.stage("calibration pass") as update:
+        task = PTQTask(model, job.data.num_classes)
+        prepare.trainer(job.settings.config, update).validate(task, loader, verbose=False)
 
 
 def _deploy_all(job: Run) -> None:
@@ -178,6 +218,8 @@ def _deploy_all(job: Run) -> None:
 
 
 def _int8_graph(job: Run) -> onnx.ModelProto | None:
+    if job.engines and (why := job.settings.recipe.simulation_only):
+        job.refused(why)
     if not job.engines:
         return None
     with terminal.stage("exporting the int8 network to ONNX"):

@@ -11,7 +11,12 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from qexp.quant.calibration import Calibration
+from qexp.quant.granularity import Granularity
+from qexp.quant.grid import Grid, IntegerGrid
+from qexp.quant.level_list import Levels
 from qexp.quant.recipe import Recipe, Scheme
+from qexp.quant.rounding import Rounding
 
 
 class ConfigError(Exception):
@@ -31,7 +36,10 @@ class Settings:
     def label(self) -> str:
         """Short display name: what tells this run from its siblings."""
         recipe, choice = self.recipe, _last_name(self.config["model"]["_target_"])
-        bits = f"W{recipe.weight.grid.bits}A{recipe.activation.grid.bits}"
+        grids = recipe.weight.grid, recipe.activation.grid
+        bits = "W{}A{}".format(*(grid.bits for grid in grids))
+        if not all(isinstance(grid, IntegerGrid) for grid in grids):
+            bits = "+".join(grid.format for grid in grids)
         if self.method == "fp32":
             return f"{choice} fp32 s{self.seed}"
         return f"{choice} {bits} {recipe.weight.granularity} {recipe.activation.calibration} s{self.seed}"
@@ -42,11 +50,12 @@ SECTIONS: dict[str, tuple[str, ...] | None] = {
     "method": ("name",),
     "quantizer": ("weight", "activation", "exclude"),
     "granularity": ("weight", "activation"),
-    "calibration": ("weight", "activation"),
+    "calibration": ("weight", "activation", "logits"),
+    "rounding": ("weight", "activation"),
     "finetune": ("name",),
     "model": None,
     "data": None,
-    "engine": ("engines", "threads", "batch_size", "seconds"),
+    "engine": ("engines", "required", "threads", "batch_size", "seconds"),
     "trainer": ("epochs", "lr", "weight_decay", "accelerator", "threads"),
     "logger": None,
     "paths": ("outputs",),
@@ -58,6 +67,7 @@ CHOICES = {
     "finetune.name": ("none",),
     "trainer.accelerator": ("cpu", "gpu", "auto"),
     "progress": ("auto", True, False),
+    "engine.required": (True, False),
 }
 # key -> (type, smallest allowed value, whether that value itself is allowed)
 NUMBERS: dict[str, tuple[type, float, bool]] = {
@@ -93,7 +103,17 @@ def settings(config: DictConfig) -> Settings:
         if _lookup(plain, key) > most:
             raise ConfigError(f"{key}={_lookup(plain, key)}: must be at most {most}")
     _check_targets(plain)
-    return Settings(plain, plain["method"]["name"], _recipe(plain), plain["seed"])
+    recipe = _recipe(plain)
+    _refuse_formats_that_no_engine_runs(plain, recipe)
+    return Settings(plain, plain["method"]["name"], recipe, plain["seed"])
+
+
+def _refuse_formats_that_no_engine_runs(plain: dict[str, Any], recipe: Recipe) -> None:
+    """An engine that is asked for by name must be able to run the format; `engine=all` goes on in simulation."""
+    engine = plain["engine"]
+    if engine["required"] and engine["engines"] and plain["method"]["name"] != "fp32" and recipe.simulation_only:
+        names = ", ".join(engine["engines"])
+        raise ConfigError(f"engine={names}: cannot run it, because {recipe.simulation_only}; engine=none simulates it")
 
 
 def build(section: dict[str, Any], key: str, **more: Any) -> Any:
@@ -135,21 +155,42 @@ def _check_targets(plain: dict[str, Any]) -> None:
 
 
 def _recipe(plain: dict[str, Any]) -> Recipe:
-    schemes = {
-        tensor: Scheme(
-            build(plain["quantizer"][tensor], f"quantizer.{tensor}"),
-            build(plain["granularity"][tensor], f"granularity.{tensor}"),
-            build(plain["calibration"][tensor], f"calibration.{tensor}"),
-        )
-        for tensor in ("weight", "activation")
-    }
+    schemes = {tensor: _scheme(plain, tensor) for tensor in ("weight", "activation")}
+    logits = plain["calibration"]["logits"]
     exclude = plain["quantizer"]["exclude"]
     if not isinstance(exclude, list) or not all(isinstance(name, str) for name in exclude):
         raise ConfigError(f"quantizer.exclude={exclude!r}: must be a list of layer names or patterns")
     try:
-        return Recipe(**schemes, exclude=tuple(exclude))
+        return Recipe(
+            **schemes,
+            exclude=tuple(exclude),
+            logits=None if logits is None else _built(plain, "calibration", "logits", Calibration),
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def _scheme(plain: dict[str, Any], tensor: str) -> Scheme:
+    """One column of the four groups that describe a tensor."""
+    scheme = Scheme(
+        _built(plain, "quantizer", tensor, Grid),
+        _built(plain, "granularity", tensor, Granularity),
+        _built(plain, "calibration", tensor, Calibration),
+        _built(plain, "rounding", tensor, Rounding),
+    )
+    if isinstance(scheme.grid, Levels):  # what a file says belongs to the identity of a run
+        plain["quantizer"][tensor] |= {"values": list(scheme.grid.values), "thresholds": scheme.grid.thresholds}
+        if scheme.grid.thresholds is not None:
+            plain["quantizer"][tensor]["thresholds"] = list(scheme.grid.thresholds)
+    return scheme
+
+
+def _built(plain: dict[str, Any], group: str, tensor: str, kind: type) -> Any:
+    made = build(plain[group][tensor], f"{group}.{tensor}")
+    if not isinstance(made, kind):
+        target = plain[group][tensor]["_target_"]
+        raise ConfigError(f"{group}.{tensor}._target_={target}: must be a {kind.__name__}, not {type(made).__name__}")
+    return made
 
 
 def _check_keys(plain: dict[str, Any]) -> None:

@@ -96,48 +96,55 @@ def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(finite, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
-class FloatCache:
-    """Trained float networks by the hash of all that determined them; each is trained once, whoever comes first."""
+class TensorCache:
+    """Tensors by the hash of all that determined them; each set is made once, whoever comes first.
 
-    def __init__(self, root: Path, determined_by: dict) -> None:
-        self.root = root
-        self.determined_by = determined_by
+    `remedy` is what happens when a damaged entry is deleted, as in "train again".
+    """
+
+    def __init__(self, root: Path, determined_by: dict, remedy: str) -> None:
+        self.root, self.determined_by, self.remedy = root, determined_by, remedy
         self.folder = root / digest(determined_by)
+
+    @property
+    def name(self) -> str:
+        """What holds it, for a sentence: "float cache"."""
+        return f"{self.root.name} cache"
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Held while a network is looked up or trained, so that processes which start together train it once."""
+        """Held while tensors are looked up or made, so that processes which start together make them once."""
         place = _unfinished(self.folder)
         place.mkdir(parents=True, exist_ok=True)
-        with FileLock(place / f"{self.folder.name}.training"):
+        with FileLock(place / f"{self.folder.name}.making"):
             yield
 
     def load(self) -> dict | None:
-        """The state_dict, or None where there is none. Errors: StoreError when the file is damaged."""
+        """The dict of tensors, or None where there is none. Errors: StoreError when the file is damaged."""
         import torch
 
-        weights, note = self.folder / "weights.pt", self.folder / "cache.json"
+        tensors, note = self.folder / "tensors.pt", self.folder / "cache.json"
         if not self.folder.exists():
             return None
         try:
-            if hashlib.sha256(weights.read_bytes()).hexdigest() != json.loads(note.read_text())["sha256"]:
+            if hashlib.sha256(tensors.read_bytes()).hexdigest() != json.loads(note.read_text())["sha256"]:
                 raise ValueError("its checksum differs")
-            state = torch.load(weights, weights_only=True, map_location="cpu")
+            state = torch.load(tensors, weights_only=True, map_location="cpu")
             if not isinstance(state, dict):
-                raise ValueError("it holds no weights")
+                raise ValueError("it holds no tensors")
             return state
         except Exception as error:  # whatever a damaged file makes the readers raise
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise StoreError(f"float cache {weights} is damaged ({why}); delete {self.folder} to train again") from None
+            raise StoreError(f"{self.name} {tensors} is damaged ({why}); delete {self.folder} to {self.remedy}") from None
 
     def save(self, state: dict) -> None:
-        """Store a state_dict."""
+        """Store a dict of tensors."""
         import torch
 
-        weights = io.BytesIO()  # torch reports a full disk as a RuntimeError without a reason
-        torch.save(state, weights)
+        tensors = io.BytesIO()  # torch reports a full disk as a RuntimeError without a reason
+        torch.save(state, tensors)
         with replacing(self.folder) as folder:
-            (folder / "weights.pt").write_bytes(weights.getvalue())
-            sha256 = hashlib.sha256(weights.getvalue()).hexdigest()
+            (folder / "tensors.pt").write_bytes(tensors.getvalue())
+            sha256 = hashlib.sha256(tensors.getvalue()).hexdigest()
             note = {"sha256": sha256, "determined_by": self.determined_by}
             (folder / "cache.json").write_text(json.dumps(note, indent=2) + "\n")

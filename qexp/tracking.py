@@ -46,6 +46,8 @@ METRICS = {
     "latency/speedup_over_best_fp32_hi": "upper end",
     "size/fp32_bytes": "size of model_fp32.onnx",
     "size/int8_bytes": "size of model_int8.onnx",
+    "size/packed_bytes": "the formats' own: packed codes, scales and zero points, biases, what stays in float",
+    "size/qparams_bytes": "the part of it that scales, zero points and codebooks take",
     "time/calibrate_s": "calibration",
     "time/total_s": "the whole run",
     "engine/winner": "the engine with the lowest int8 latency, whose figures the plain names are",

@@ -201,7 +201,7 @@ def test_a_signal_in_training_leaves_no_network(qexp, folder, monkeypatch, numbe
     code, _, err = qexp(*FAST)
     assert code == 128 + number
     assert err.splitlines()[-1] == f"qexp: stopped by {number.name}"
-    assert not list(folder.rglob("weights.pt"))
+    assert not list(folder.rglob("tensors.pt"))
 
 
 def test_a_signal_that_python_drops_in_a_destructor_is_raised_again(qexp, monkeypatch):

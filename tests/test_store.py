@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qexp.store import FloatCache, StoreError, read_metrics, replacing, writable, write_json
+from qexp.store import TensorCache, StoreError, read_metrics, replacing, writable, write_json
 
 
 def write(folder: Path, content: str) -> None:
@@ -63,7 +63,7 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    cache = FloatCache(tmp_path / "float", {"seed": 0})
+    cache = TensorCache(tmp_path / "float", {"seed": 0}, "train again")
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(StoreError, match="paths.outputs: cannot write .*: No space left on device"):
         cache.save({"weight": torch.zeros(2)})
@@ -94,17 +94,17 @@ STATE = {"weight": torch.arange(6.0), "bias": torch.ones(2)}
 
 
 @pytest.fixture
-def cache(tmp_path) -> FloatCache:
-    cache = FloatCache(tmp_path / "float", {"seed": 0})
+def cache(tmp_path) -> TensorCache:
+    cache = TensorCache(tmp_path / "float", {"seed": 0}, "train again")
     cache.save(STATE)
     return cache
 
 
 def test_a_network_comes_back_as_it_was(cache):
-    found = FloatCache(cache.root, {"seed": 0}).load()
+    found = TensorCache(cache.root, {"seed": 0}, "train again").load()
     assert found.keys() == STATE.keys()
     assert all(torch.equal(found[name], STATE[name]) for name in STATE)
-    assert FloatCache(cache.root, {"seed": 1}).load() is None
+    assert TensorCache(cache.root, {"seed": 1}, "train again").load() is None
 
 
 def flip(path: Path) -> None:
@@ -126,8 +126,8 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_cache_is_refused(cache, damage):
-    DAMAGES[damage](cache.folder / "weights.pt")
-    with pytest.raises(StoreError, match="float cache .*weights.pt is damaged .*; delete .* to train again"):
+    DAMAGES[damage](cache.folder / "tensors.pt")
+    with pytest.raises(StoreError, match="float cache .*tensors.pt is damaged .*; delete .* to train again"):
         cache.load()
 
 
@@ -139,8 +139,8 @@ class Bomb:
         return os.mkdir, (str(self.path),)
 
 
-def forge(cache: FloatCache, content: bytes) -> None:
-    (cache.folder / "weights.pt").write_bytes(content)
+def forge(cache: TensorCache, content: bytes) -> None:
+    (cache.folder / "tensors.pt").write_bytes(content)
     (cache.folder / "cache.json").write_text(json.dumps({"sha256": hashlib.sha256(content).hexdigest()}))
 
 
@@ -166,8 +166,8 @@ def python(code: str, *arguments: object, wait: bool = True):
 
 def test_processes_that_start_together_train_once(tmp_path):
     code = (
-        "import sys, time, torch; from pathlib import Path; from qexp.store import FloatCache\n"
-        "root = Path(sys.argv[1]); cache = FloatCache(root, {'seed': 0})\n"
+        "import sys, time, torch; from pathlib import Path; from qexp.store import TensorCache\n"
+        "root = Path(sys.argv[1]); cache = TensorCache(root, {'seed': 0})\n"
         "(root / sys.argv[2]).touch()\n"
         "while len(list(root.glob('ready*'))) < 3: time.sleep(0.01)\n"
         "with cache.lock():\n"

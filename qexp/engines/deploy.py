@@ -53,7 +53,7 @@ class Deployment:
 def simulation_for(engine: Engine, model: nn.Module, flow: Dataflow) -> nn.Module:
     """A copy of the calibrated model without the quantizers that the engine leaves out."""
     placed = copy.deepcopy(model)
-    sites = {quantizer.site for quantizer in quantizers(placed) if not quantizer.shape}
+    sites = {quantizer.site for quantizer in quantizers(placed) if not quantizer.is_weight}
     off = engine.float_sites(flow, sites)
     for quantizer in quantizers(placed):
         if quantizer.site in off:

@@ -86,7 +86,7 @@ def export_quantized(model: nn.Module, flow: Dataflow) -> onnx.ModelProto:
     """
     prepared = copy.deepcopy(model).eval()
     sites = {q.site for q in quantizers(prepared) if q.mode is Mode.QUANTIZE}
-    weights = {q.site for q in quantizers(prepared) if q.mode is Mode.QUANTIZE and q.shape}
+    weights = {q.site for q in quantizers(prepared) if q.mode is Mode.QUANTIZE and q.is_weight}
     try:
         prepare_export_(prepared)
     except ValueError as error:

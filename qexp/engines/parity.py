@@ -102,7 +102,7 @@ def _simulate(simulation: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, 
         calls[quantizer.site] += 1
         codes[numbered(quantizer.site, calls[quantizer.site])] = quantizer.stored_codes(inputs[0])
 
-    sites = [q for q in quantizers(simulation) if q.mode is Mode.QUANTIZE and not q.shape]
+    sites = [q for q in quantizers(simulation) if q.mode is Mode.QUANTIZE and not q.is_weight]
     hooks = [quantizer.register_forward_pre_hook(record) for quantizer in sites]
     try:
         return simulation(images), codes

@@ -3,20 +3,24 @@
 q  = clamp(round(x / S) + Z, quant_min, quant_max)      Gholami et al. 2021, equation 2 (sign of Z as in ONNX)
 x~ = S (q - Z)                                          equation 3
 
-The quotient is a float32 division, rounded, then Z is added: the order that ONNX defines.
+The quotient is a float32 division, rounded, then Z is added: the order that ONNX defines. Bounds are integers, so
+
+    clamp(round(x / S) + Z, a, b) - Z = round(clamp(x / S, a - Z, b - Z))
+
+holds to the bit, and is how it is computed: four passes over memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from qexp.quant.rounding import round_half_even
+from qexp.quant.rounding import HalfEven, Rounding
 
-Rounding = Callable[[Tensor], Tensor]
+HALF_EVEN = HalfEven()
 
 
 class CodeRange(Protocol):
@@ -27,13 +31,17 @@ class CodeRange(Protocol):
 
 
 class QParams(NamedTuple):
-    """Scale S and zero point Z, float32 tensors that broadcast against what they quantize; Z holds integers."""
+    """Scale S and zero point Z, float32 tensors that broadcast against what they quantize; Z holds integers.
+
+    `levels` are those of a codebook made for the data, for S = 1, increasing; None where the format has its own.
+    """
 
     scale: Tensor
     zero_point: Tensor
+    levels: Tensor | None = None
 
 
-def quantize(x: Tensor, qparams: QParams, grid: CodeRange, rounding: Rounding = round_half_even) -> Tensor:
+def quantize(x: Tensor, qparams: QParams, grid: CodeRange, rounding: Rounding = HALF_EVEN) -> Tensor:
     """Codes q = clamp(round(x / S) + Z, quant_min, quant_max), as float32 integers of the shape of x.
 
     >>> from qexp.quant.grid import IntegerGrid
@@ -49,8 +57,95 @@ def dequantize(codes: Tensor, qparams: QParams) -> Tensor:
     return (codes - qparams.zero_point) * qparams.scale
 
 
-class _FakeQuantize(torch.autograd.Function):
-    """Quantize and dequantize; the gradient is the straight-through one, zero where the code was clamped."""
+def fake_quantize(x: Tensor, qparams: QParams, grid: CodeRange, rounding: Rounding = HALF_EVEN) -> Tensor:
+    """What inference will see of x: dequantize(quantize(x)), with the straight-through gradient.
+
+    dL/dx = dL/dx~ where quant_min <= round(x / S) + Z <= quant_max, else 0 (Gholami et al. 2021, section III.G).
+
+    >>> from qexp.quant.grid import IntegerGrid
+    >>> x = torch.tensor([0.26, 9.0], requires_grad=True)
+    >>> y = fake_quantize(x, QParams(torch.tensor(0.5), torch.tensor(0.0)), IntegerGrid(4))
+    >>> y.sum().backward(); y.tolist(), x.grad.tolist()
+    ([0.5, 3.5], [1.0, 0.0])
+    """
+    scale, zero_point = qparams.scale, qparams.zero_point
+    if isinstance(rounding, HalfEven) and scale.numel() == 1 and x.device.type == "cpu":
+        return _OneScale.apply(x, float(scale), int(zero_point), grid)
+    if isinstance(rounding, HalfEven) and isinstance(grid.quant_min, int) and not bool(zero_point.any()):
+        return _ZeroPointZero.apply(x, scale, grid)
+    return _AnyForm.apply(x, qparams, grid, rounding)
+
+
+class _OneScale(torch.autograd.Function):
+    """One S and one Z: the mask of the gradient is an interval of x, so nothing but x is kept."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: float, zero_point: int, grid: CodeRange) -> Tensor:
+        lowest, highest = grid.quant_min - zero_point, grid.quant_max - zero_point
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(x)
+            ctx.bounds = -_first_outside(-lowest, scale), _first_outside(highest, scale)
+        values = torch.div(x, scale).clamp_(lowest, highest).round_()
+        # One fused pass: S times the code, and + 0 turns a negative zero into zero.
+        return torch.add(_zero(x.dtype), values, alpha=scale, out=values)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(grad, x, *ctx.bounds), None, None, None
+
+
+def _zero(dtype: torch.dtype) -> Tensor:
+    return torch.zeros((), dtype=dtype)
+
+
+def _first_outside(code: int, scale: float) -> float:
+    """The smallest float32 x with round(x / S) > code; round(-x / S) < -code holds for the same x."""
+    # A tie at code + 1/2 rounds to the even neighbour, which is outside where code is odd.
+    tie, outside_at_tie = code + 0.5, code % 2 != 0
+    x = torch.tensor([tie * scale], dtype=torch.float32)
+    s = torch.tensor([scale], dtype=torch.float32)
+
+    def outside(x: Tensor) -> bool:
+        quotient = float(x / s)
+        return quotient >= tie if outside_at_tie else quotient > tie
+
+    down, up = torch.tensor([-math.inf]), torch.tensor([math.inf])
+    while outside(x):
+        x = torch.nextafter(x, down)
+    while not outside(x) and bool(x.isfinite()):
+        x = torch.nextafter(x, up)
+    return float(x)
+
+
+class _ZeroPointZero(torch.autograd.Function):
+    """Many S, Z = 0: the mask is an interval of the quotient, which is kept; its ends are exact in float32."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, grid: CodeRange) -> Tensor:
+        quotient = x / scale
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(quotient)
+            ctx.bounds = -_first_quotient_outside(-grid.quant_min), _first_quotient_outside(grid.quant_max)
+            codes = quotient.clamp(grid.quant_min, grid.quant_max)
+        else:
+            codes = quotient.clamp_(grid.quant_min, grid.quant_max)
+        return codes.round_().mul_(scale).add_(0.0)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (quotient,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(grad, quotient, *ctx.bounds), None, None
+
+
+def _first_quotient_outside(code: int) -> float:
+    """The smallest float32 with round(quotient) > code."""
+    tie = torch.tensor(code + 0.5)
+    return float(tie if code % 2 else torch.nextafter(tie, torch.tensor(math.inf)))
+
+
+class _AnyForm(torch.autograd.Function):
+    """The definition as it stands, with a mask."""
 
     @staticmethod
     def forward(ctx, x: Tensor, qparams: QParams, grid: CodeRange, rounding: Rounding) -> Tensor:
@@ -66,15 +161,20 @@ class _FakeQuantize(torch.autograd.Function):
         return grad * inside, None, None, None
 
 
-def fake_quantize(x: Tensor, qparams: QParams, grid: CodeRange, rounding: Rounding = round_half_even) -> Tensor:
-    """What inference will see of x: dequantize(quantize(x)), with the straight-through gradient.
+class _StraightThrough(torch.autograd.Function):
+    """Values that came about somehow, with the gradient of x where `inside`."""
 
-    dL/dx = dL/dx~ where quant_min <= round(x / S) + Z <= quant_max, else 0 (Gholami et al. 2021, section III.G).
+    @staticmethod
+    def forward(ctx, x: Tensor, values: Tensor, inside: Tensor) -> Tensor:
+        ctx.save_for_backward(inside)
+        return values
 
-    >>> from qexp.quant.grid import IntegerGrid
-    >>> x = torch.tensor([0.26, 9.0], requires_grad=True)
-    >>> y = fake_quantize(x, QParams(torch.tensor(0.5), torch.tensor(0.0)), IntegerGrid(4))
-    >>> y.sum().backward(); y.tolist(), x.grad.tolist()
-    ([0.5, 3.5], [1.0, 0.0])
-    """
-    return _FakeQuantize.apply(x, qparams, grid, rounding)
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (inside,) = ctx.saved_tensors
+        return grad * inside, None, None
+
+
+def straight_through(x: Tensor, values: Tensor, inside: Tensor) -> Tensor:
+    """`values` in the forward pass; in the backward pass dL/dx = dL/dvalues where inside, else 0."""
+    return _StraightThrough.apply(x, values, inside)

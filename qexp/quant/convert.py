@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qexp.quant.dataflow import Dataflow
+from qexp.quant.granularity import PerTensor
 from qexp.quant.layers import (
     Add,
     BiasQuantizer,
@@ -20,8 +21,11 @@ from qexp.quant.layers import (
     QuantConv2d,
     QuantLinear,
 )
+from qexp.quant.observers import Observer, State
 from qexp.quant.quantizer import Mode, Quantizer
-from qexp.quant.recipe import Recipe
+from qexp.quant.recipe import Recipe, Scheme
+
+Shapes = dict[str, tuple[int, ...]]  # site -> shape of what arrives there, the batch being 1
 
 # float layer -> (quantized layer, its activation sites). A new quantized layer is one class and one row here.
 QUANTIZED: dict[type, tuple[type, tuple[str, ...]]] = {
@@ -61,30 +65,76 @@ def fold_batchnorm_(model: nn.Module, flow: Dataflow) -> None:
         setattr(model.get_submodule(parent), child, nn.Identity())
 
 
-def quantize_(model: nn.Module, recipe: Recipe, outputs: tuple[str, ...] = ()) -> None:
+def quantize_(
+    model: nn.Module,
+    recipe: Recipe,
+    outputs: tuple[str, ...] = (),
+    logits: str | None = None,
+    shapes: Shapes | None = None,
+) -> None:
     """Turn layers into their quantized counterparts, in place; `outputs` names those quantized at their output too.
 
-    A layer stays the same object: its parameters, hooks and state_dict keys survive. Errors: ValueError naming a
-    layer that multiplies by weights and has no quantized counterpart, and patterns of `exclude` that match nothing.
+    `logits` names the layer whose output is quantized by `recipe.logits`. `shapes` (from `site_shapes`) is needed
+    where activations have more than one stored scale. A layer stays the same object: its parameters, hooks and
+    state_dict keys survive. Errors: ValueError naming a layer that multiplies by weights
+    and has no quantized counterpart, blocks that do not fit, and patterns of `exclude` that match nothing.
     """
-    refuse_unquantizable(model, recipe)
-    targets = [(n, m) for n, m in model.named_modules() if type(m) in QUANTIZED and not recipe.excludes(n)]
-    if not any(hasattr(m, "weight") for _, m in targets):
-        raise ValueError(f"{type(model).__name__} has no layer to quantize; known are {', '.join(KINDS.values())}")
-    for name, module in targets:
+    refuse_unquantizable(model, recipe, shapes)
+    for name, module in list(targets(model, recipe)):
         kind, sites = QUANTIZED[type(module)]
         module.__class__ = kind
         for site in sites:
-            wanted = site != "output" or name in outputs
-            quantizer = Quantizer(recipe.activation, site=f"{name}.{site}") if wanted else nn.Identity()
-            setattr(module, f"{site}_quantizer", quantizer)
+            setattr(module, f"{site}_quantizer", nn.Identity())
+            if site != "output" or name in outputs:
+                _add_quantizer(module, f"{name}.{site}", recipe.activation, shapes)
         if hasattr(module, "weight"):
-            module.weight_quantizer = Quantizer(recipe.weight, module.weight.shape, site=f"{name}.weight")
+            module.weight_quantizer = Quantizer(recipe.weight, module.weight.shape, f"{name}.weight", is_weight=True)
             module.bias_quantizer = BiasQuantizer()
+    if logits is not None:
+        layer = model.get_submodule(logits)
+        _add_quantizer(layer, f"{logits}.output", recipe.logits_scheme, {f"{logits}.output": (1, len(layer.weight))})
 
 
-def refuse_unquantizable(model: nn.Module, recipe: Recipe) -> None:
-    """Raise ValueError for what `quantize_` could not do; costs no compute."""
+def _add_quantizer(module: nn.Module, site: str, scheme: Scheme, shapes: Shapes | None) -> None:
+    """A quantizer for one activation; where one scale serves all, its shape is nobody's business."""
+    needed = scheme.calibration.needs_rows or scheme.granularity != PerTensor()
+    shape = (shapes or {}).get(site, ()) if needed else ()
+    setattr(module, f"{site.rpartition('.')[2]}_quantizer", Quantizer(scheme, shape, site))
+
+
+def targets(model: nn.Module, recipe: Recipe) -> Iterator[tuple[str, nn.Module]]:
+    """The layers that `quantize_` turns into quantized ones, with their names."""
+    named = model.named_modules()
+    return ((name, module) for name, module in named if type(module) in QUANTIZED and not recipe.excludes(name))
+
+
+@torch.no_grad()
+def site_shapes(model: nn.Module, images: Tensor) -> Shapes:
+    """Shape of what arrives at each activation site, for one sample; `model` is in evaluation mode and runs once."""
+    shapes: Shapes = {}
+
+    def record(name: str, sites: tuple[str, ...]):
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            arriving = dict(zip(sites, inputs, strict=False)) | {"output": output}
+            shapes.update({f"{name}.{site}": (1, *x.shape[1:]) for site, x in arriving.items()})
+
+        return hook
+
+    hooks = [
+        module.register_forward_hook(record(name, tuple(site for site in QUANTIZED[type(module)][1] if site != "output")))
+        for name, module in model.named_modules()
+        if type(module) in QUANTIZED
+    ]
+    try:
+        model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return shapes
+
+
+def refuse_unquantizable(model: nn.Module, recipe: Recipe, shapes: Shapes | None = None) -> None:
+    """Raise ValueError for what `quantize_` could not do, naming the layer; costs no compute."""
     names = [name for name, _ in model.named_modules() if name]
     for pattern in recipe.exclude:
         if not fnmatch.filter(names, pattern):
@@ -105,6 +155,24 @@ def refuse_unquantizable(model: nn.Module, recipe: Recipe) -> None:
                 f"layer {name!r} is a {type(module).__name__}, which has weights but no quantized counterpart: "
                 f"exclude it, or use one of {', '.join(kind.__name__ for kind in QUANTIZED)}"
             )
+
+
+    found = list(targets(model, recipe))
+    if not any(hasattr(module, "weight") for _, module in found):
+        raise ValueError(f"{type(model).__name__} has no layer to quantize; known are {', '.join(KINDS.values())}")
+    for name, module in found:
+        if hasattr(module, "weight"):
+            _require_blocks(f"{name}.weight", recipe.weight, module.weight.shape)
+        for site in QUANTIZED[type(module)][1]:
+            if f"{name}.{site}" in (shapes or {}):
+                _require_blocks(f"{name}.{site}", recipe.activation, shapes[f"{name}.{site}"])
+
+
+def _require_blocks(site: str, scheme: Scheme, shape: tuple[int, ...]) -> None:
+    try:
+        scheme.granularity.param_shape(tuple(shape))
+    except ValueError as error:
+        raise ValueError(f"{site}: {error}") from None
 
 
 def unquantized(model: nn.Module, recipe: Recipe) -> list[tuple[str, str, str]]:
@@ -156,9 +224,11 @@ def calibrating(model: nn.Module) -> Iterator[nn.Module]:
     before = {quantizer: copy.deepcopy(quantizer.state_dict()) for quantizer in modes}
     try:
         for quantizer in modes:
-            quantizer.mode = Mode.OFF if quantizer in weights else Mode.OBSERVE
-        for quantizer, weight in weights.items():
-            quantizer.calibrate(weight.detach())
+            if quantizer in weights:
+                quantizer.mode = Mode.OFF
+                quantizer.calibrate(weights[quantizer].detach())
+            else:
+                quantizer.start_observing()
         yield model
         for quantizer in modes:
             if quantizer not in weights:
@@ -168,19 +238,36 @@ def calibrating(model: nn.Module) -> Iterator[nn.Module]:
         for quantizer, mode in modes.items():
             quantizer.mode = mode
             quantizer.load_state_dict(before[quantizer])
-            quantizer.observer.reset()
+            quantizer.observer = None
         raise
     set_mode_(model, Mode.QUANTIZE)
+
+
+def observing(model: nn.Module) -> dict[str, Observer]:
+    """Inside `calibrating`: the observers that wait for data, by their sites and by what is asked of them."""
+    waiting = (quantizer for quantizer in quantizers(model) if quantizer.mode is Mode.OBSERVE)
+    return {f"{quantizer.site}: {quantizer.observer.key}": quantizer.observer for quantizer in waiting}
+
+
+def recall_(model: nn.Module, seen: dict[str, State]) -> None:
+    """Inside `calibrating`: sites that an earlier pass over the same data has `seen` need not look again."""
+    observers = observing(model)
+    found = {observer: seen[key] for key, observer in observers.items() if key in seen}
+    for quantizer in quantizers(model):
+        if quantizer.observer in found:
+            quantizer.observer.load(found[quantizer.observer])
+            quantizer.mode = Mode.OFF
 
 
 def _fit_biases_(model: nn.Module) -> None:
     """Widen the weight range of nearly dead channels until their bias fits the int32 grid of S_x S_w."""
     for _, layer in layers(model):
-        if getattr(layer, "bias", None) is None or not isinstance(layer.input_quantizer, Quantizer):
+        if getattr(layer, "bias", None) is None or not layer.bias_quantizer.has_grid(layer):
             continue
         quantizer = layer.weight_quantizer
         # S_x S_w stays a normal number, also without a bias.
-        needed = (layer.bias.detach().abs() / Int32.quant_max).clamp(min=2.0**-126) / layer.input_quantizer.scale
+        unit = layer.input_quantizer.product_scale * quantizer.grid.step
+        needed = (layer.bias.detach().abs() / Int32.quant_max).clamp(min=2.0**-126) / unit
         needed = needed.amax() if quantizer.scale.numel() == 1 else needed.view(quantizer.scale.shape)
         # A channel of zeros has the scale that its bias needs.
         scale = quantizer.scale.where(quantizer.lo.ne(0) | quantizer.hi.ne(0), quantizer.scale.new_zeros(()))
@@ -193,7 +280,7 @@ def prepare_export_(model: nn.Module) -> None:
     for _, layer in layers(model):
         for site in layer.children():
             if isinstance(site, Quantizer) and site.mode is Mode.QUANTIZE:
-                site.prepare_export(layer.weight.detach() if site.shape else None)
+                site.prepare_export(layer.weight.detach() if site.is_weight else None)
         if getattr(layer, "bias", None) is not None and layer.input_quantizer.mode is Mode.QUANTIZE:
             layer.bias_quantizer.prepare_export(layer.bias.detach(), layer.input_quantizer, layer.weight_quantizer)
     for quantizer in quantizers(model):

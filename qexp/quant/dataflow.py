@@ -111,6 +111,13 @@ class Dataflow:
             and not all(self.layer(reader) in quantized for reader in self._readers(node))
         ]
 
+    def logits_layer(self) -> str | None:
+        """The layer whose output, with nothing in between, is the output of the model."""
+        (output,) = (node for node in self.program.graph.nodes if node.op == "output")
+        source = output.args[0][0]
+        name = self.layer(source) if isinstance(source, fx.Node) else ""
+        return name if type(self.modules.get(name)) in (nn.Conv2d, nn.Linear) else None
+
     def _readers(self, node: fx.Node) -> list[fx.Node]:
         found: list[fx.Node] = []
         for user in node.users:

@@ -31,7 +31,7 @@ class Int32:
 class BiasQuantizer(nn.Module):
     """int32 bias on the grid of the accumulator: S_b = S_x S_w, Z = 0 (Jacob et al. 2018, equation 11).
 
-    The bias stays in float where input or weight does.
+    The bias stays in float where input or weight does, and where products are no integers times S_x S_w.
     """
 
     def forward(self, bias: Tensor | None, input_quantizer: Quantizer, weight_quantizer: Quantizer) -> Tensor | None:
@@ -40,11 +40,20 @@ class BiasQuantizer(nn.Module):
             return bias
         if Mode.EXPORT in modes:
             return onnx_form.dequantize(self.onnx_codes, self.onnx_scale, self.onnx_zero_point)
-        return fake_quantize(bias, self.qparams(input_quantizer, weight_quantizer), Int32)
+        qparams = self.qparams(input_quantizer, weight_quantizer)
+        return bias if qparams is None else fake_quantize(bias, qparams, Int32)
 
-    def qparams(self, input_quantizer: Quantizer, weight_quantizer: Quantizer) -> QParams:
-        """Scale (one per output channel, or one) and zero point 0."""
-        scale = input_quantizer.qparams.scale * weight_quantizer.qparams.scale.flatten()
+    @staticmethod
+    def has_grid(layer: nn.Module) -> bool:
+        """Whether integers times one scale a channel are all products of this layer."""
+        return None not in (layer.input_quantizer.product_scale, layer.weight_quantizer.product_scale)
+
+    def qparams(self, input_quantizer: Quantizer, weight_quantizer: Quantizer) -> QParams | None:
+        """Scale (one per output channel, or one) and zero point 0; None where there is no such grid."""
+        of_input, of_weight = input_quantizer.product_scale, weight_quantizer.product_scale
+        if of_input is None or of_weight is None:
+            return None
+        scale = of_input * of_weight
         return QParams(scale, torch.zeros_like(scale))
 
     @torch.no_grad()

@@ -1,142 +1,115 @@
-"""The statistics of one pass: update / compute / reset.
-
-Statistics are weighted points: a weight tensor is its own elements, each with weight one; an activation
-stream is the centres of a fine histogram with their counts. Calibrations read both the same way.
-"""
+"""The observer of a site: a sketch of its values and, where a calibration compares them, a sample of its rows."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from qexp.quant.granularity import blocks
+from qexp.quant.granularity import Granularity
+from qexp.quant.sketch import Sketch
+from qexp.quant.stats import Statistics
+
+State = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """What is known of the values of G blocks: extrema, and points with their weights.
+class Observer(nn.Module):
+    """Sees every batch of one site in the calibration pass.
 
-    Shapes: lo, hi (G,); points, weights (G, N). A point of weight 0 says nothing. `points` is None where only
-    the extrema were asked for.
+    `key` names what was asked of the pass besides the values: two observers of one site with one key end up equal.
+
+    >>> observer = Observer(); observer.update(torch.tensor([1.0, -4.0])); observer.compute().lo
+    tensor([-4.])
     """
 
-    lo: Tensor
-    hi: Tensor
-    points: Tensor | None = None
-    weights: Tensor | None = None
-
-    @classmethod
-    def of(cls, x: Tensor, block_shape: tuple[int, ...]) -> Statistics:
-        """Exact statistics of a tensor that is at hand. Errors: ValueError for NaN, infinity or no element.
-
-        >>> Statistics.of(torch.tensor([[1.0, -2.0], [0.0, 3.0]]), (1, 2)).lo
-        tensor([-2.,  0.])
-        """
-        _require_values(x)
-        rows = blocks(x.detach().float(), block_shape)
-        return cls(rows.amin(1), rows.amax(1), rows, torch.ones_like(rows))
-
-
-def _require_values(x: Tensor) -> None:
-    if x.numel() == 0:
-        raise ValueError("holds no value")
-    lo, hi = torch.aminmax(x.detach())
-    # Extrema propagate NaN, so two scalars tell about all elements.
-    if not bool(lo.isfinite() & hi.isfinite()):
-        raise ValueError("holds NaN or infinite values")
-
-
-class MinMaxObserver(nn.Module):
-    """Running extrema of everything seen since the last reset.
-
-    >>> observer = MinMaxObserver(); observer.update(torch.tensor([1.0, 4.0])); observer.update(torch.tensor(-2.0))
-    >>> observer.compute().lo, observer.compute().hi
-    (tensor([-2.]), tensor([4.]))
-    """
-
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        granularity: Granularity | None = None,
+        shape: tuple[int, ...] = (1,),
+        constant: float = 0.01,
+        row_length: int = 0,
+    ) -> None:
         super().__init__()
-        self.register_buffer("seen", torch.zeros((), dtype=torch.int64), persistent=False)
-        self.register_buffer("lo", torch.zeros(1), persistent=False)
-        self.register_buffer("hi", torch.zeros(1), persistent=False)
+        self.sketch = Sketch(*([] if granularity is None else [granularity]), shape=shape, constant=constant)
+        self.sample = RowSample(row_length) if row_length else None
+        self.key = f"{self.sketch.granularity}, {constant:g}, {row_length}"
 
     def update(self, x: Tensor) -> None:
-        """Take in a tensor of any shape. Errors: ValueError for NaN, infinity or no element."""
-        _require_values(x)
-        lo, hi = torch.aminmax(x.detach().float())
-        if self.seen:
-            lo, hi = lo.minimum(self.lo[0]), hi.maximum(self.hi[0])
-        self.lo.fill_(lo)
-        self.hi.fill_(hi)
-        self.seen += x.numel()
+        """Take in a tensor. Errors: ValueError for NaN, infinity or no element."""
+        self.sketch.update(x)
+        if self.sample is not None:
+            self.sample.update(x)
+
+    def merge(self, other: Observer) -> None:
+        """Take in what another observer has seen, as another process did."""
+        self.sketch.merge(other.sketch)
+        if self.sample is not None:
+            self.sample.merge(other.sample)
 
     def compute(self) -> Statistics:
         """The statistics so far. Errors: ValueError before the first update."""
-        if not self.seen:
-            raise ValueError("no calibration data arrived")
-        return Statistics(self.lo.clone(), self.hi.clone())
+        stats = self.sketch.compute()
+        return stats if self.sample is None else replace(stats, rows=self.sample.rows())
+
+    def state(self) -> State:
+        """All that was seen, as tensors to store; the histogram, mostly empty, as its filled cells."""
+        state = {name: buffer.clone() for name, buffer in self.named_buffers() if name != "sketch.counts"}
+        cells = self.sketch.counts.flatten().nonzero().flatten()
+        return state | {"cells": cells, "counts": self.sketch.counts.flatten()[cells]}
+
+    def load(self, state: State) -> None:
+        """Take the place of the observer that `state` came from. Errors: ValueError for one of another kind."""
+        buffers = dict(self.named_buffers())
+        if any(name not in buffers or buffers[name].shape != t.shape for name, t in state.items() if "." in name):
+            raise ValueError("was observed in another way")
+        for name, tensor in state.items():
+            if name in buffers:
+                buffers[name].copy_(tensor)
+        self.sketch.counts.zero_().view(-1)[state["cells"]] = state["counts"]
+
+
+class RowSample(nn.Module):
+    """A sample of whole rows (R, features): those with the smallest hashes, so it depends on the rows seen alone.
+
+    >>> sample = RowSample(2, size=3); sample.update(torch.arange(8.0).view(4, 2)); sample.rows().shape
+    torch.Size([3, 2])
+    """
+
+    def __init__(self, features: int, size: int = 1024) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.zeros(size, features), persistent=False)
+        self.register_buffer("keys", torch.zeros(size, dtype=torch.int64), persistent=False)
+        self.reset()
 
     def reset(self) -> None:
         """Forget everything."""
-        for buffer in self.buffers():
-            buffer.zero_()
-
-
-class HistogramObserver(MinMaxObserver):
-    """Extrema and a histogram that widens by doubling, so its content never depends on the order of the batches.
-
-    2 x 2^14 bins cover [-2^e, 2^e), e >= -100 the smallest exponent that holds all values: between 8,192 and 16,384
-    bins lie between 0 and max|x|. Zeros are counted apart, because after a ReLU they are a spike and no density.
-    """
-
-    bins = 2**14  # on each side of zero
-    smallest_exponent = -100  # so that 2^(14 - e) stays a float32
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("counts", torch.zeros(2 * self.bins, dtype=torch.int64), persistent=False)
-        self.register_buffer("zeros", torch.zeros((), dtype=torch.int64), persistent=False)
-        self.register_buffer("exponent", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.kept.zero_()
+        self.keys.fill_(torch.iinfo(torch.int64).max)
 
     def update(self, x: Tensor) -> None:
-        first = not self.seen
-        super().update(x)
-        x = x.detach().float().flatten()
-        magnitude = self.lo.neg().maximum(self.hi)
-        self._widen(int(torch.frexp(magnitude).exponent) if magnitude > 0 else None, first)
-        # A product with a power of two is exact: which bin a value falls into is not a matter of rounding.
-        index = torch.ldexp(x, 14 - self.exponent).floor_().long()
-        # A product that underflows still lies on its side of zero.
-        index.masked_fill_((index == 0) & (x < 0), -1).add_(self.bins)
-        self.counts += torch.bincount(index, minlength=2 * self.bins)
-        zeros = (x == 0).sum()
-        self.counts[self.bins] -= zeros
-        self.zeros += zeros
+        """Take in rows (..., features)."""
+        rows = x.detach().float().reshape(-1, self.kept.shape[1]) + 0.0
+        self._keep(rows, _hash(rows))
 
-    def _widen(self, exponent: int | None, first: bool) -> None:
-        """Merge 2^steps neighbouring bins into one, on each side of zero."""
-        if exponent is None:
-            return
-        exponent = max(exponent, self.smallest_exponent)
-        empty = first or not self.counts.any()
-        steps = exponent - int(self.exponent)
-        if not empty and steps <= 0:
-            return
-        if not empty:
-            group = min(2**steps, self.bins)
-            negative, positive = self.counts.view(2, -1, group).sum(2)
-            self.counts.zero_()
-            self.counts[self.bins - len(negative) : self.bins] = negative
-            self.counts[self.bins : self.bins + len(positive)] = positive
-        self.exponent.fill_(exponent)
+    def merge(self, other: RowSample) -> None:
+        """Take in what another sample has kept."""
+        self._keep(other.kept, other.keys)
 
-    def compute(self) -> Statistics:
-        extrema = super().compute()
-        filled = self.counts.nonzero().flatten()
-        centres = torch.ldexp(filled - self.bins + 0.5, self.exponent - 14).clamp(extrema.lo, extrema.hi)
-        points = torch.cat([centres, centres.new_zeros(1)]).float()
-        weights = torch.cat([self.counts[filled], self.zeros[None]]).double()
-        order = points.argsort()
-        return Statistics(extrema.lo, extrema.hi, points[order][None], weights[order][None])
+    def _keep(self, rows: Tensor, keys: Tensor) -> None:
+        keys, order = torch.cat([self.keys, keys]).sort(stable=True)
+        self.kept.copy_(torch.cat([self.kept, rows])[order[: len(self.keys)]])
+        self.keys.copy_(keys[: len(self.keys)])
+
+    def rows(self) -> Tensor:
+        """The kept rows (R, features)."""
+        return self.kept[self.keys != torch.iinfo(torch.int64).max]
+
+
+def _hash(rows: Tensor) -> Tensor:
+    """A number of 62 bits for each row, from the bits of its values and their places."""
+    bits = rows.contiguous().view(torch.int32).long()
+    odd = torch.arange(bits.shape[1], dtype=torch.int64) * 0x9E3779B97F4A7C1 + 0x632BE59BD9B4E019  # wraps around
+    h = ((bits ^ (bits >> 17)) * (2 * odd + 1)).sum(1)
+    h = (h ^ (h >> 29)) * 0x1B03738712FAD5C9
+    return (h ^ (h >> 32)) & 0x3FFFFFFFFFFFFFFF

@@ -1,4 +1,4 @@
-"""One quantization site: a grid, a granularity, a calibration, and what a pass does with them."""
+"""One quantization site: a grid, a granularity, a calibration, a rounding, and what a pass does with them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from qexp.quant import onnx_form
-from qexp.quant.affine import QParams, fake_quantize
-from qexp.quant.grid import IntegerGrid
-from qexp.quant.observers import HistogramObserver, MinMaxObserver, Statistics
+from qexp.quant.affine import QParams
+from qexp.quant.granularity import join, split
+from qexp.quant.grid import Grid, IntegerGrid
+from qexp.quant.observers import Observer
 from qexp.quant.recipe import Scheme
+from qexp.quant.rounding import Rounding
+from qexp.quant.stats import Statistics
 
 
 class Mode(Enum):
@@ -26,13 +29,15 @@ class Mode(Enum):
 class Quantizer(nn.Module):
     """Quantizes one tensor of one layer; `print(model)` shows its whole choice.
 
-    Shapes: scale and zero_point are those of the granularity's blocks, and broadcast against the tensor. Errors:
-    ValueError naming the site for NaN or infinite values, RuntimeError when it must quantize uncalibrated.
+    Scale and zero point have one element for each block of a tensor of `shape`; of activations the first dimension
+    is the batch, and () means that one scale serves whatever arrives. Where blocks lie within one sample (tokens,
+    groups of a pixel), the range is that of each call and nothing is stored. Errors: ValueError naming the site for
+    NaN or infinite values, RuntimeError when it must quantize uncalibrated.
 
     >>> quantizer = Quantizer(Scheme(IntegerGrid(8, "affine")), site="fc.input")
     >>> quantizer
     Quantizer(uint8 affine, per_tensor, minmax, off)
-    >>> quantizer.mode = Mode.OBSERVE
+    >>> quantizer.start_observing()
     >>> _ = quantizer(torch.tensor([0.0, 2.55]))
     >>> quantizer.calibrate()
     >>> quantizer.mode = Mode.QUANTIZE
@@ -40,34 +45,60 @@ class Quantizer(nn.Module):
     tensor([1.0000, 2.5500])
     """
 
-    def __init__(self, scheme: Scheme, shape: tuple[int, ...] = (), site: str = "") -> None:
+    def __init__(self, scheme: Scheme, shape: tuple[int, ...] = (), site: str = "", is_weight: bool = False) -> None:
         super().__init__()
-        self.scheme, self.shape, self.site = scheme, tuple(shape), site
+        self.scheme, self.shape, self.site, self.is_weight = scheme, tuple(shape), site, is_weight
         self.mode = Mode.OFF
-        params = scheme.granularity.param_shape(self.shape) if self.shape else ()
+        self.dynamic = not is_weight and scheme.granularity.follows_batch
+        params = scheme.granularity.param_shape(self.shape) if self.shape and not self.dynamic else ()
         self.register_buffer("scale", torch.ones(params))
         self.register_buffer("zero_point", torch.zeros(params))
-        self.register_buffer("calibrated", torch.tensor(False))
+        self.register_buffer("calibrated", torch.tensor(self.dynamic))
         # What the clipping range was computed from; the scale above is computed from it.
         self.register_buffer("lo", torch.zeros(params))
         self.register_buffer("hi", torch.zeros(params))
-        self.observer = HistogramObserver() if scheme.calibration.needs_histogram else MinMaxObserver()
+        if scheme.grid.fits_data:
+            self.register_buffer("levels", torch.tensor(scheme.grid.unit))
+        if scheme.rounding.is_random:
+            self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.observer: Observer | None = None
 
     @property
-    def grid(self) -> IntegerGrid:
+    def grid(self) -> Grid:
         """The number format."""
         return self.scheme.grid
 
     @property
+    def rounding(self) -> Rounding:
+        """The mode of rounding; a random one draws anew in every training step, and the same in all evaluations."""
+        mode = self.scheme.rounding
+        return mode.at(self.site, int(self.step)) if mode.is_random else mode
+
+    @property
     def qparams(self) -> QParams:
-        """Scale and zero point. Errors: RuntimeError before calibration."""
-        if not self.calibrated:
-            raise RuntimeError(f"{self.site}: this quantizer was never calibrated")
-        return QParams(self.scale, self.zero_point)
+        """Scale and zero point. Errors: RuntimeError before calibration, and where every call has its own."""
+        if not self.calibrated or self.dynamic:
+            why = "has scales of its own in each call" if self.dynamic else "was never calibrated"
+            raise RuntimeError(f"{self.site}: this quantizer {why}")
+        return QParams(self.scale, self.zero_point, getattr(self, "levels", None))
+
+    def qparams_for(self, x: Tensor) -> QParams:
+        """The stored scale and zero point, or those of this very tensor."""
+        if not self.dynamic:
+            return self.qparams
+        x = x.detach()
+        stats = self._named(Statistics.of, x, self.scheme.granularity.block_shape(tuple(x.shape)))
+        lo, hi = self.scheme.calibration.range(stats, self.grid)
+        params = self._named(self.scheme.granularity.param_shape, tuple(x.shape))
+        qparams = self._named(self.grid.qparams, lo.view(params), hi.view(params))
+        return self.grid.fit(stats, qparams)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.mode is Mode.QUANTIZE:
-            return fake_quantize(x, self.qparams, self.grid)
+            if self.training and self.scheme.rounding.is_random:
+                self.step += 1
+            blocked, qparams = self._blocked(x)
+            return self._joined(self.grid.fake_quantize(blocked, qparams, self.rounding), x)
         if self.mode is Mode.OBSERVE:
             self._named(self.observer.update, x)
         elif self.mode is Mode.EXPORT:
@@ -76,22 +107,56 @@ class Quantizer(nn.Module):
 
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of x, as float32."""
-        return self.grid.encode(x, self.qparams)
+        blocked, qparams = self._blocked(x)
+        return self._joined(self.grid.encode(blocked, qparams, self.rounding), x)
+
+    def clipped(self, x: Tensor) -> Tensor:
+        """Number of values further than half a step outside the representable range."""
+        return self.grid.clipped(*self._blocked(x))
+
+    def _blocked(self, x: Tensor) -> tuple[Tensor, QParams]:
+        """x and its scales in shapes that broadcast: x itself, or viewed as blocks."""
+        qparams = self.qparams_for(x)
+        if all(p in (1, n) for p, n in zip(qparams.scale.shape, x.shape, strict=False)):
+            return x, qparams
+        shape = [size for p in qparams.scale.shape for size in (p, 1)]
+        scale, zero_point = qparams.scale.view(shape), qparams.zero_point.view(shape)
+        return split(x, self.scheme.granularity.block_shape(tuple(x.shape))), QParams(scale, zero_point, qparams.levels)
+
+    @staticmethod
+    def _joined(values: Tensor, x: Tensor) -> Tensor:
+        return values if values.dim() == x.dim() else join(values, tuple(x.shape))
 
     def stored_codes(self, x: Tensor) -> Tensor:
         """Integer codes of x as the ONNX file stores them: activations uint8, weights int8."""
-        stored, shift = _storage(self.grid, is_weight=bool(self.shape))
-        return (self.codes(x) + shift).to(stored)
+        stored, shift = _storage(self.grid, self.is_weight)
+        return (self.grid.stored(self.codes(x)) + shift).to(stored)
+
+    def start_observing(self) -> None:
+        """Look at what passes from now on; sites whose ranges are those of each call have nothing to look at."""
+        self.mode = Mode.OFF if self.dynamic else Mode.OBSERVE
+        self.observer = None if self.dynamic else self.new_observer()
+
+    def new_observer(self) -> Observer:
+        """An empty observer of this site."""
+        calibration = self.scheme.calibration
+        rows = self.shape[-1] if calibration.needs_rows else 0
+        constant = getattr(calibration, "constant", 0.01)
+        return Observer(self.scheme.granularity, self.shape or (1,), constant, rows)
 
     def calibrate(self, x: Tensor | None = None) -> None:
         """Fix scale and zero point from what was observed, or from x itself where it is at hand (weights)."""
+        if self.dynamic:
+            return
         if x is None:
             stats = self._named(self.observer.compute)
-            self.observer.reset()
+            self.observer = None
         else:
             stats = self._named(Statistics.of, x, self.scheme.granularity.block_shape(self.shape))
-        lo, hi = self.scheme.calibration.range(stats, self.grid)
+        lo, hi = self._named(self.scheme.calibration.range, stats, self.grid)
         self.set_range(lo.view(self.scale.shape), hi.view(self.scale.shape))
+        if self.grid.fits_data:
+            self.levels.copy_(self.grid.fit(stats, self.qparams).levels)
 
     @torch.no_grad()
     def set_range(self, lo: Tensor, hi: Tensor) -> None:
@@ -103,16 +168,25 @@ class Quantizer(nn.Module):
         self.zero_point.copy_(qparams.zero_point)
         self.calibrated.fill_(True)
 
+    @property
+    def product_scale(self) -> Tensor | None:
+        """What an integer of this site is worth, one or one for each output channel; None where there is no such."""
+        if self.dynamic or self.grid.step is None:
+            return None
+        one_each = self.is_weight and self.scale.shape[0] == self.scale.numel()
+        return self.scale.flatten() * self.grid.step if self.scale.numel() == 1 or one_each else None
+
     @torch.no_grad()
     def prepare_export(self, x: Tensor | None = None) -> None:
         """Store what the ONNX file holds: scale and zero point, and of weights (x) the codes instead of values."""
-        scale, zero_point = self.qparams
-        if scale.numel() > 1 and (x is None or scale.shape[0] != scale.numel()):
-            raise ValueError(f"{self.site}: ONNX has no {self.scheme.granularity} scale here, only one or one per row")
-        shape = (-1,) if scale.numel() > 1 else ()
-        stored, shift = _storage(self.grid, is_weight=x is not None)
-        self.register_buffer("onnx_scale", scale.reshape(shape).clone())
-        self.register_buffer("onnx_zero_point", (zero_point + shift).reshape(shape).to(stored))
+        scale = self.product_scale
+        if scale is None or (why := self.scheme.not_in_int8(self.is_weight)):
+            raise ValueError(f"{self.site}: {self.scheme.granularity if scale is None else why} has no int8 form here")
+        one = self.scale.numel() == 1
+        stored, shift = _storage(self.grid, self.is_weight)
+        self.register_buffer("onnx_scale", scale.reshape(() if one else (-1,)).clone())
+        zero_point = (self.zero_point + shift).reshape(() if one else (-1,))
+        self.register_buffer("onnx_zero_point", zero_point.to(stored))
         if x is not None:
             self.register_buffer("onnx_codes", self.stored_codes(x))
         else:
@@ -136,8 +210,10 @@ class Quantizer(nn.Module):
         return f"Quantizer({self.scheme}, {self.mode.value})"
 
 
-def _storage(grid: IntegerGrid, is_weight: bool) -> tuple[torch.dtype, int]:
+def _storage(grid: Grid, is_weight: bool) -> tuple[torch.dtype, int]:
     """Integer type in the file and what is added to codes and zero point: weights int8, activations uint8."""
+    if not isinstance(grid, IntegerGrid):
+        return torch.int8, 0
     if is_weight:
         return torch.int8, -128 if grid.quant_max > 127 else 0
     return torch.uint8, 128 if grid.quant_min < 0 else 0

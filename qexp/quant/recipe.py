@@ -3,49 +3,89 @@
 from __future__ import annotations
 
 import fnmatch
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from qexp.quant.calibration import Calibration, MinMax
-from qexp.quant.granularity import Granularity, PerChannel, PerTensor
-from qexp.quant.grid import IntegerGrid
+from qexp.quant.granularity import Granularity, PerChannel, PerColumn, PerTensor
+from qexp.quant.grid import Grid, IntegerGrid
+from qexp.quant.rounding import HalfEven, Rounding
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """The whole choice for one kind of tensor: which values exist, who shares a scale, how the range is found.
+    """The whole choice for one kind of tensor: which values exist, who shares a scale, how range and code are found.
 
     >>> print(Scheme(IntegerGrid(4, "full_range")))
     int4 full_range, per_tensor, minmax
     """
 
-    grid: IntegerGrid = field(default_factory=IntegerGrid)
+    grid: Grid = field(default_factory=IntegerGrid)
     granularity: Granularity = field(default_factory=PerTensor)
     calibration: Calibration = field(default_factory=MinMax)
+    rounding: Rounding = field(default_factory=HalfEven)
+
+    def not_in_int8(self, is_weight: bool) -> str | None:
+        """Why no int8 engine can run this; None where one can."""
+        if is_weight:
+            fits = self.grid.stores_as_int8
+            shared = self.granularity in (PerTensor(), PerChannel(0), PerColumn())
+        else:
+            fits = isinstance(self.grid, IntegerGrid) and self.grid.stores_as_int8
+            shared = self.granularity == PerTensor()
+            if self.rounding != HalfEven():
+                return f"rounding {self.rounding}, while engines round half to even"
+        if not fits:
+            return f"{self.grid}, whose values are no 8-bit integers times a scale"
+        return None if shared else f"{self.granularity}, whose scales do not stand outside of a sum of products"
 
     def __str__(self) -> str:
-        return f"{self.grid}, {self.granularity}, {self.calibration}"
+        rounding = "" if self.rounding == HalfEven() else f", {self.rounding}"
+        return f"{self.grid}, {self.granularity}, {self.calibration}{rounding}"
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Which layers get which quantizers; layers whose name fits `exclude` (`stem`, `*.conv1`) stay in float.
 
-    Errors: ValueError for a granularity that no layer here can compute with.
+    `logits` is a calibration for the output of the last layer, which stays in float without it. Errors: ValueError
+    for a calibration that cannot serve a format.
     """
 
     weight: Scheme = field(default_factory=Scheme)
     activation: Scheme = field(default_factory=lambda: Scheme(IntegerGrid(8, "affine")))
     exclude: tuple[str, ...] = ()
+    logits: Calibration | None = None
 
     def __post_init__(self) -> None:
-        if self.activation.granularity != PerTensor():
-            raise ValueError(
-                f"granularity.activation={self.activation.granularity}: activations are quantized per_tensor only"
-            )
-        if self.weight.granularity not in (PerTensor(), PerChannel(0)):
-            raise ValueError(
-                f"granularity.weight={self.weight.granularity}: weights are quantized per_tensor or per_channel(axis=0)"
-            )
+        for tensor, scheme in ("weight", self.weight), ("activation", self.activation):
+            if scheme.calibration.needs_rows:
+                raise ValueError(f"calibration.{tensor}={scheme.calibration}: is for calibration.logits alone")
+        # The statistics of a weight, and of what is calibrated in each call, are its own values.
+        if not self.activation.granularity.follows_batch:
+            for tensor, calibration in ("activation", self.activation.calibration), ("logits", self.logits):
+                self._require_resolution(tensor, calibration)
+        if self.logits is not None and self.activation.granularity != PerTensor():
+            raise ValueError(f"calibration.logits={self.logits}: the logits are quantized per_tensor only")
+
+    def _require_resolution(self, tensor: str, calibration: Calibration | None) -> None:
+        try:
+            if calibration is not None:
+                calibration.require_resolution(self.activation.grid)
+        except ValueError as error:
+            raise ValueError(f"calibration.{tensor}={error}") from None
+
+    @property
+    def logits_scheme(self) -> Scheme | None:
+        """The scheme of the last layer's output."""
+        return None if self.logits is None else replace(self.activation, calibration=self.logits)
+
+    @property
+    def simulation_only(self) -> str | None:
+        """Why no int8 engine can run any layer of this recipe; None where one can."""
+        for tensor, scheme, is_weight in ("weights", self.weight, True), ("activations", self.activation, False):
+            if why := scheme.not_in_int8(is_weight):
+                return f"{tensor} are {why}"
+        return None
 
     def excludes(self, name: str) -> bool:
         """Whether this layer, or a module that holds it, stays in float by the user's wish."""

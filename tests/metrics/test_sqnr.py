@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from qexp.metrics.sites import clipped, measuring_sites
+from qexp.metrics.sites import measuring_sites
 from qexp.metrics.sqnr import QuantizationNoise, sqnr_db
 from qexp.quant.affine import QParams, fake_quantize
 from qexp.quant.convert import calibrating, layers, quantize_, quantizers, set_mode_
@@ -105,7 +105,7 @@ def test_small_noise_is_not_lost_behind_a_large_sum():
 @pytest.mark.parametrize("shift", [0.0, 3.0])
 def test_clipped_counts_what_lies_half_a_step_outside(shift):
     x = torch.tensor([-7.6, -7.5, -7.4, 0.0, 7.0, 7.49, 7.51, 100.0]) - shift
-    assert clipped(x, QParams(torch.tensor(1.0), torch.tensor(shift)), IntegerGrid(4)).item() == 3
+    assert IntegerGrid(4).clipped(x, QParams(torch.tensor(1.0), torch.tensor(shift))).item() == 3
 
 
 def test_clipped_counts_as_a_loop_does():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from qexp.quant.calibration import MSE
+from qexp.quant.search import MSE
 from qexp.quant.convert import (
     calibrating,
     layers,

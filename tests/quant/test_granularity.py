@@ -8,11 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qexp.quant.affine import fake_quantize
-from qexp.quant.calibration import MSE, Entropy, MinMax, Percentile
+from qexp.quant.calibration import MinMax, Percentile
+from qexp.quant.entropy import Entropy
 from qexp.quant.granularity import Granularity, PerChannel, PerTensor, blocks
 from qexp.quant.grid import CONVENTIONS, IntegerGrid
 from qexp.quant.quantizer import Mode, Quantizer
 from qexp.quant.recipe import Scheme
+from qexp.quant.search import MSE
 
 dimensions = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=4)
 

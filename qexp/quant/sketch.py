@@ -1,0 +1,189 @@
+"""What one pass keeps of a tensor, in memory that does not grow: update / compute / reset / merge."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from qexp.quant.granularity import Granularity, PerTensor, blocks
+from qexp.quant.stats import Statistics, require_values
+
+
+class Sketch(nn.Module):
+    """All that calibrations ask of a stream, in memory that does not grow: one pass serves every one of them.
+
+    Cells are those of a floating-point number: the sign, `octaves` exponents below the largest one, and `fraction`
+    bits, so a cell is 2^-fraction of its values wide, with outliers or without. Values below fall into the smallest
+    cell; zeros are counted apart, because after a ReLU they are a spike and no density. When a larger exponent
+    arrives, the cells that fall out at the lower end go into the smallest one. So counts are those of the multiset
+    of values: neither order nor batches nor shards matter, and sketches of parts merge into the sketch of the whole.
+    The `tail` largest values of each sign are kept as they are: percentiles above 1 - tail / N are exact.
+
+    `average` is the one thing that depends on batches: E = (1 - c) E + c extrema, c = `constant`, from the first batch
+    on, as torch's MovingAverageMinMaxObserver has it; merged sketches follow each other.
+
+    >>> sketch = Sketch(); sketch.update(torch.tensor([1.0, 4.0, 0.0])); sketch.update(torch.tensor([-2.0]))
+    >>> stats = sketch.compute(); stats.lo, stats.hi, stats.points
+    (tensor([-2.]), tensor([4.]), tensor([[-2.,  0.,  1.,  4.]]))
+    """
+
+    octaves = 20
+    smallest_exponent = -126 + 20  # below it float32 has fewer fraction bits
+
+    def __init__(self, granularity: Granularity = PerTensor(), shape: tuple[int, ...] = (1,), constant: float = 0.01):
+        super().__init__()
+        self.granularity, self.constant = granularity, constant
+        groups = 1
+        for n in granularity.param_shape(shape):
+            groups *= n
+        # One tensor gets the finest cells; many channels share the memory.
+        self.fraction, self.tail = (11, 2048) if groups == 1 else (7, 64)
+        self.side = self.octaves * 2**self.fraction + 1  # cells of one sign, the smallest one first
+        for name, size, dtype in (
+            ("seen", (), torch.int64), ("batches", (), torch.int64), ("exponent", (), torch.int64),
+            ("lo", (groups,), torch.float32), ("hi", (groups,), torch.float32), ("zeros", (groups,), torch.int64),
+            ("counts", (groups, 2 * self.side), torch.int64), ("tails", (2, groups, self.tail), torch.float32),
+            ("first", (2, groups), torch.float64), ("faded", (2, groups), torch.float64),
+        ):  # fmt: skip
+            self.register_buffer(name, torch.zeros(size, dtype=dtype), persistent=False)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        for buffer in self.buffers():
+            buffer.zero_()
+        self.exponent.fill_(self.smallest_exponent)
+
+    def update(self, x: Tensor) -> None:
+        """Take in a tensor. Errors: ValueError for NaN, infinity or no element."""
+        least, most = require_values(x)
+        x = x.detach().float() + 0.0  # no negative zeros
+        rows = x.reshape(1, -1) if len(self.lo) == 1 else blocks(x, self.granularity.block_shape(tuple(x.shape)))
+        lo, hi = (least.view(1), most.view(1)) if len(rows) == 1 else (rows.amin(1), rows.amax(1))
+        lo, hi = lo.float(), hi.float()
+        extrema = torch.stack([lo, hi]).double()
+        self._take_extrema(lo, hi, extrema, 1, x.numel())
+        self.faded.mul_(1 - self.constant).add_(extrema, alpha=self.constant)
+        zeros = rows.shape[1] - rows.count_nonzero(1)
+        self._widen(int(torch.frexp(lo.neg().maximum(hi).max()).exponent))
+        self.zeros += zeros
+        self.counts += self._count(rows)
+        self.counts[:, self.side] -= zeros
+        self._take_tails(rows)
+
+    def _take_extrema(self, lo: Tensor, hi: Tensor, first: Tensor, batches: int, seen: int) -> None:
+        """Extrema, and the average of those of `batches` batches of which `first` are the first's."""
+        if not self.seen:
+            self.lo.copy_(lo)
+            self.hi.copy_(hi)
+            self.first.copy_(first)
+        self.lo.copy_(self.lo.minimum(lo))
+        self.hi.copy_(self.hi.maximum(hi))
+        self.batches += batches
+        self.seen += seen
+
+    def _count(self, rows: Tensor) -> Tensor:
+        """Values in each cell; zeros are in the smallest cell of the positive side."""
+        bits = rows.contiguous().view(torch.int32)
+        shift = 23 - self.fraction
+        lowest = (int(self.exponent) + 126 - self.octaves + 1) << self.fraction
+        index = bits.bitwise_and(0x7FFFFFFF).bitwise_right_shift_(shift).sub_(lowest - 1).clamp_(min=0)
+        index = index.bitwise_xor_(bits.bitwise_right_shift(31)).add_(self.side)  # -1 - index where negative
+        if len(rows) == 1:
+            return torch.bincount(index.flatten(), minlength=2 * self.side)[None]
+        offset = torch.arange(len(rows), device=rows.device)[:, None] * (2 * self.side)
+        return torch.bincount((index + offset).flatten(), minlength=self.counts.numel()).view_as(self.counts)
+
+    def _widen(self, exponent: int) -> None:
+        """Make room for values below 2^exponent."""
+        shift = (exponent - int(self.exponent)) << self.fraction
+        if shift <= 0:
+            return
+        negative, positive = (side.clone() for side in (self.counts[:, : self.side].flip(1), self.counts[:, self.side :]))
+        sides = []
+        for cells in negative, positive:
+            moved = torch.zeros_like(cells)
+            fallen = min(shift + 1, self.side)
+            moved[:, 0] = cells[:, :fallen].sum(1)
+            moved[:, 1 : 1 + self.side - fallen] = cells[:, fallen:]
+            sides.append(moved)
+        self.counts.copy_(torch.cat([sides[0].flip(1), sides[1]], 1))
+        self.exponent.fill_(exponent)
+
+    def _take_tails(self, rows: Tensor) -> None:
+        for side, (values, most) in enumerate([(rows.neg(), -self.lo), (rows, self.hi)]):
+            if bool((most > 0).any()):
+                self._take_tail(side, _largest(values, self.tail, self.tails[side].amin(1)))
+
+    def _take_tail(self, side: int, candidates: Tensor) -> None:
+        both = torch.cat([self.tails[side], candidates.clamp(min=0)], 1)
+        self.tails[side].copy_(both.topk(self.tail, dim=1).values)
+
+    def merge(self, other: Sketch) -> None:
+        """Take in what another sketch has seen, after what this one has seen. Errors: ValueError for another kind."""
+        if (self.counts.shape, self.constant) != (other.counts.shape, other.constant):
+            raise ValueError("sketches of different blocks or constants do not merge")
+        if not other.seen:
+            return
+        if not self.seen:
+            for mine, theirs in zip(self.buffers(), other.buffers(), strict=True):
+                mine.copy_(theirs)
+            return
+        faded = self.faded * (1 - self.constant) ** int(other.batches) + other.faded
+        self._take_extrema(other.lo, other.hi, other.first, int(other.batches), int(other.seen))
+        self.faded.copy_(faded)
+        aligned = copy.deepcopy(other)
+        aligned._widen(int(self.exponent))
+        self._widen(int(other.exponent))
+        self.counts += aligned.counts
+        self.zeros += other.zeros
+        for side in range(2):
+            self._take_tail(side, other.tails[side])
+
+    def compute(self) -> Statistics:
+        """The statistics so far. Errors: ValueError before the first update."""
+        if not self.seen:
+            raise ValueError("no calibration data arrived")
+        tails = torch.cat([0 - self.tails[0], self.tails[1]], 1)  # (G, 2 tail), 0 where there is none
+        exact = (tails != 0).double()
+        rest = self.counts - self._count_of(tails)
+        filled = rest.any(0).nonzero().flatten()
+        centres = self._centres()[filled].float().clamp(self.lo[:, None], self.hi[:, None])  # (G, cells)
+        points = torch.cat([centres, tails, tails.new_zeros(len(tails), 1)], 1)
+        weights = torch.cat([rest[:, filled].double(), exact, self.zeros[:, None].double()], 1)
+        points, order = points.sort(dim=1, stable=True)
+        weights = weights.gather(1, order)
+        used = (weights > 0).any(0)
+        fade = (1 - self.constant) ** int(self.batches)
+        average = (self.faded + fade * self.first).float()
+        return Statistics(self.lo.clone(), self.hi.clone(), points[:, used], weights[:, used], average)
+
+    def _count_of(self, tails: Tensor) -> Tensor:
+        counts = self._count(tails)
+        counts[:, self.side] -= (tails == 0).sum(1)
+        return counts
+
+    def _centres(self) -> Tensor:
+        """The middle of each cell, float64."""
+        steps = torch.arange(self.side - 1, dtype=torch.float64)
+        octave, place = steps.div(2**self.fraction, rounding_mode="floor"), steps.remainder(2**self.fraction)
+        scale = torch.ldexp(torch.ones_like(octave), octave + int(self.exponent) - self.octaves)
+        centres = (1 + (place + 0.5) / 2**self.fraction) * scale
+        smallest = centres.new_tensor([2.0 ** (int(self.exponent) - self.octaves - 1)])
+        side = torch.cat([smallest, centres])
+        return torch.cat([-side.flip(0), side])
+
+
+def _largest(values: Tensor, count: int, above: Tensor) -> Tensor:
+    """At least the `count` largest values of each row that exceed `above` of the row; others may be among them."""
+    rows, n = values.shape
+    if rows > 1 or n < 128 * count:
+        return values.topk(min(count, n), dim=1).values
+    # The count-th largest of the maxima of pieces is no larger than the count-th largest value.
+    pieces = values[0, : n - n % 128].view(-1, 128)
+    maxima = pieces.amax(1)
+    bound = maxima.topk(count).values[-1].maximum(above[0])
+    found = pieces[maxima >= bound].flatten()
+    return torch.cat([found[found >= bound], values[0, n - n % 128 :]])[None]
