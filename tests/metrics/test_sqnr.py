@@ -112,7 +112,7 @@ def test_clipped_counts_as_a_loop_does():
     grid, qparams = IntegerGrid(8, "affine"), QParams(torch.tensor(0.02), torch.tensor(100.0))
     x = torch.randn(5000, generator=torch.Generator().manual_seed(0)) * 2
     lowest, highest = (0 - 100 - 0.5) * 0.02, (255 - 100 + 0.5) * 0.02
-    assert clipped(x, qparams, grid).item() == sum(not lowest <= v <= highest for v in x.tolist()) > 0
+    assert grid.clipped(x, qparams).item() == sum(not lowest <= v <= highest for v in x.tolist()) > 0
 
 
 def test_every_site_reports_the_noise_of_all_that_passed():

@@ -10,6 +10,7 @@ DIVISORS = {
     "restricted": lambda b: Fraction(2 ** (b - 1) - 1),
     "wide_codes": lambda b: Fraction(2 ** (b - 1) - 1),
     "pow2_divisor": lambda b: Fraction(2 ** (b - 1)),
+    "unsigned": lambda b: Fraction(2**b - 1),
 }
 
 
@@ -27,7 +28,7 @@ def float32(value: Fraction) -> Fraction:
 
 def codes_of(bits, convention):
     """Smallest and largest code."""
-    if convention == "affine":
+    if convention in ("affine", "unsigned"):
         return 0, 2**bits - 1
     top = 2 ** (bits - 1) - 1
     return (-top if convention == "restricted" else -top - 1), top
@@ -39,7 +40,8 @@ def qparams(lo, hi, bits, convention):
     if convention == "affine":
         scale = float32(float32(hi - lo) / (2**bits - 1))
     else:
-        scale = float32(max(-lo, hi) / DIVISORS[convention](bits))
+        magnitude = hi if convention == "unsigned" else max(-lo, hi)
+        scale = float32(magnitude / DIVISORS[convention](bits))
     scale = max(scale, Fraction(1, 2**126)) if scale else Fraction(1)
     return scale, (-round(float32(lo / scale)) if convention == "affine" else 0)
 

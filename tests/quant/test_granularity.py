@@ -54,11 +54,11 @@ def test_per_channel_equals_per_tensor_on_every_channel(convention, calibration)
     weight *= torch.logspace(-6, 3, 6).view(-1, 1, 1, 1)
     weight[2] = 0
     grid = IntegerGrid(4, convention)
-    whole = Quantizer(Scheme(grid, PerChannel(0), calibration), weight.shape)
+    whole = Quantizer(Scheme(grid, PerChannel(0), calibration), weight.shape, is_weight=True)
     whole.calibrate(weight)
     whole.mode = Mode.QUANTIZE
     for channel in range(6):
-        one = Quantizer(Scheme(grid, PerTensor(), calibration), weight[channel].shape)
+        one = Quantizer(Scheme(grid, PerTensor(), calibration), weight[channel].shape, is_weight=True)
         one.calibrate(weight[channel])
         assert torch.equal(one.scale.flatten(), whole.scale[channel].flatten())
         assert torch.equal(fake_quantize(weight[channel], one.qparams, grid), whole(weight)[channel])

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from qexp.quant.grid import CONVENTIONS, IntegerGrid
 
-SYMMETRIC = [name for name in CONVENTIONS if name != "affine"]
 EVERY_CONVENTION = pytest.mark.parametrize("convention", CONVENTIONS)
-grids = st.builds(IntegerGrid, st.integers(2, 8), st.sampled_from(list(CONVENTIONS)))
+# One bit has a level besides zero only where zero is the lowest.
+ALL = [IntegerGrid(b, name) for name in CONVENTIONS for b in range(1 if name in ("affine", "unsigned") else 2, 17)]
+grids = st.sampled_from(ALL)
 # Any float32 up to 1e30, denormals included; hi - lo stays finite.
 numbers = st.floats(-(2.0**100), 2.0**100, width=32)
 tensors = st.lists(numbers, min_size=1, max_size=20).map(torch.tensor)
@@ -28,11 +29,10 @@ def sqnr(grid, x):
     return 10 * math.log10((x.double().square().sum() / noise).item())
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
-@EVERY_CONVENTION
-def test_the_codes_are_those_of_the_convention(bits, convention, exact):
-    grid = IntegerGrid(bits, convention)
-    assert (grid.quant_min, grid.quant_max) == exact.codes_of(bits, convention)
+def test_the_codes_are_those_of_the_convention(exact):
+    for grid in ALL:
+        assert (grid.quant_min, grid.quant_max) == exact.codes_of(grid.bits, grid.convention)
+        assert grid.signed == (grid.convention not in ("affine", "unsigned"))
 
 
 @examples
@@ -58,14 +58,14 @@ def test_on_uniform_data_restricted_costs_the_golden_ratio_over_full_range(bits,
     assert errors[0] / errors[1] == pytest.approx(ratio, abs=1e-3)
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("bits", range(2, 17))
 def test_full_range_saturates_its_maximum_with_half_a_step(bits):
     grid = IntegerGrid(bits, "full_range")
     qparams = grid.qparams(torch.tensor(-1.0), torch.tensor(1.0))
     assert (1 / qparams.scale).item() == pytest.approx(2 ** (bits - 1) - 0.5)
     code = grid.encode(torch.tensor(1.0), qparams)
     assert code.item() == grid.quant_max
-    assert (1 - grid.decode(code, qparams)).item() == pytest.approx(qparams.scale.item() / 2, rel=1e-4)
+    assert (1 - grid.decode(code, qparams)).item() == pytest.approx(qparams.scale.item() / 2, rel=2.0 ** (bits - 22))
 
 
 @examples
@@ -97,6 +97,10 @@ def test_the_error_is_at_most_half_a_step_inside_the_range(grid, x):
     # A denormal product loses up to 2^-150.
     slack = scale * 2.0 ** (grid.bits - 23) + 2.0**-149
     assert (error[inside] <= (scale / 2 + slack)).all()
+    if grid.convention == "unsigned":
+        inside = x >= 0
+        assert (error[~inside] == x[~inside].double().abs()).all()
+        error = error[inside]
     if grid.convention != "pow2_divisor":  # whose maximum lies one step above the last level
         # S, which is rounded too, is multiplied by up to 2^bits.
         assert (error <= scale / 2 + 3 * slack).all()
@@ -119,10 +123,8 @@ def test_the_scale_is_a_normal_number(grid, x):
     assert scale.isfinite()
 
 
-@EVERY_CONVENTION
-@pytest.mark.parametrize("bits", range(2, 9))
-def test_blocks_of_zeros_round_trip_beside_others(bits, convention):
-    grid = IntegerGrid(bits, convention)
+@pytest.mark.parametrize("grid", ALL, ids=str)
+def test_blocks_of_zeros_round_trip_beside_others(grid):
     x = torch.tensor([[0.0, 0.0], [-1.0, 2.0]])
     qparams = grid.qparams(x.amin(1, keepdim=True), x.amax(1, keepdim=True))
     assert grid.decode(grid.encode(x, qparams), qparams)[0].tolist() == [0.0, 0.0]
@@ -142,21 +144,33 @@ def test_constant_tensors_round_trip(convention, value):
 @given(st.integers(0, 10**6))
 def test_more_bits_never_lower_the_sqnr_of_a_normal_tensor(convention, seed):
     x = torch.randn(4096, generator=torch.Generator().manual_seed(seed))
-    ratios = [sqnr(IntegerGrid(bits, convention), x) for bits in range(2, 9)]
+    if convention == "unsigned":
+        x = x.abs()
+    ratios = [sqnr(IntegerGrid(bits, convention), x) for bits in range(2, 17)]
     assert ratios == sorted(ratios)
     # Far from the coarsest grids, a bit is worth 6 dB.
-    assert ratios[-1] - ratios[-2] == pytest.approx(6.02, abs=0.7)
+    assert ratios[6] - ratios[5] == pytest.approx(6.02, abs=0.7)
+    assert ratios[-1] - ratios[6] == pytest.approx(8 * 6.02, abs=0.7)
 
 
-@pytest.mark.parametrize("bits", [1, 9, 0, -3, True, 2.5, "8", None])
+@pytest.mark.parametrize("bits", [1, 17, 0, -3, True, 2.5, "8", None])
 def test_other_numbers_of_bits_are_refused_by_value(bits):
     with pytest.raises(ValueError, match=f"bits={bits!r}"):
         IntegerGrid(bits)
 
 
-def test_one_bit_is_refused_with_its_reason():
+@pytest.mark.parametrize("convention", ["full_range", "restricted", "wide_codes", "pow2_divisor"])
+def test_one_symmetric_bit_is_refused_with_its_reason(convention):
     with pytest.raises(ValueError, match="divides by"):
-        IntegerGrid(1, "restricted")
+        IntegerGrid(1, convention)
+
+
+@pytest.mark.parametrize("convention", ["affine", "unsigned"])
+def test_one_bit_without_a_sign_has_two_levels(convention):
+    grid = IntegerGrid(1, convention)
+    qparams = grid.qparams(torch.tensor(0.0), torch.tensor(3.0))
+    assert grid.levels(qparams).tolist() == [0, 3]
+    assert grid.decode(grid.encode(torch.tensor([-1.0, 1.4, 1.6, 9.0]), qparams), qparams).tolist() == [0, 0, 3, 3]
 
 
 def test_an_unknown_convention_is_refused_with_the_known_ones():

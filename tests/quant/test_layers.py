@@ -7,7 +7,7 @@ from torch import nn
 
 from qexp.quant.convert import calibrating, quantize_
 from qexp.quant.granularity import PerChannel, PerTensor
-from qexp.quant.grid import IntegerGrid
+from qexp.quant.grid import CONVENTIONS, IntegerGrid
 from qexp.quant.layers import Add
 from qexp.quant.quantizer import Mode, Quantizer
 from qexp.quant.recipe import Recipe, Scheme
@@ -115,7 +115,7 @@ def test_a_nearly_dead_channel_keeps_its_bias(recipe):
         step = layer.input_quantizer.scale * layer.weight_quantizer.scale.max()
         assert torch.allclose(layer(x)[:, 1], torch.tensor(0.1), rtol=1e-6, atol=step.item() / 2 * 1.001)
     # The others are quantized as without it.
-    alone = Quantizer(recipe.weight, linear.weight.shape)
+    alone = Quantizer(recipe.weight, linear.weight.shape, is_weight=True)
     alone.calibrate(linear.weight.detach())
     alone.mode = Mode.QUANTIZE
     assert torch.equal(weight[[0, 2]], alone(linear.weight).detach()[[0, 2]])
@@ -196,13 +196,14 @@ def test_a_quantizer_that_is_off_returns_the_tensor_itself():
 
 
 @pytest.mark.parametrize(
-    "grid", [IntegerGrid(b, c) for b in (3, 8) for c in ("affine", "full_range", "restricted")], ids=str
+    "grid", [IntegerGrid(b, c) for b in (3, 8) for c in CONVENTIONS], ids=str
 )
 @pytest.mark.parametrize("shape", [(), (6, 4)])
 def test_stored_codes_are_the_codes_shifted_into_the_stored_type(grid, shape):
     x = torch.randn(6, 4)
-    quantizer = Quantizer(Scheme(grid), shape)
-    quantizer.observer.update(x)
+    quantizer = Quantizer(Scheme(grid), shape, is_weight=bool(shape))
+    quantizer.start_observing()
+    quantizer(x)
     quantizer.calibrate(x if shape else None)
     stored = quantizer.stored_codes(x)
     assert stored.dtype == (torch.int8 if shape else torch.uint8)
