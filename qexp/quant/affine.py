@@ -61,6 +61,7 @@ def fake_quantize(x: Tensor, qparams: QParams, grid: CodeRange, rounding: Roundi
     """What inference will see of x: dequantize(quantize(x)), with the straight-through gradient.
 
     dL/dx = dL/dx~ where quant_min <= round(x / S) + Z <= quant_max, else 0 (Gholami et al. 2021, section III.G).
+    Of stochastic rounding it is the gradient of the mean, E[x~] = x where quant_min <= x / S + Z <= quant_max.
 
     >>> from qexp.quant.grid import IntegerGrid
     >>> x = torch.tensor([0.26, 9.0], requires_grad=True)
@@ -149,9 +150,11 @@ class _AnyForm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, qparams: QParams, grid: CodeRange, rounding: Rounding) -> Tensor:
-        codes = rounding(x / qparams.scale).add_(qparams.zero_point)
+        quotient = x / qparams.scale
+        codes = rounding(quotient).add_(qparams.zero_point)
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward((codes >= grid.quant_min) & (codes <= grid.quant_max))
+            place = quotient.add_(qparams.zero_point) if rounding.is_random else codes
+            ctx.save_for_backward((place >= grid.quant_min) & (place <= grid.quant_max))
         codes.clamp_(grid.quant_min, grid.quant_max)
         return codes.sub_(qparams.zero_point).mul_(qparams.scale)
 

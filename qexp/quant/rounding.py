@@ -33,13 +33,14 @@ class Rounding:
         """Thresholds Delta_i as float32: x becomes level i + 1 or a higher one exactly where x > Delta_i.
 
         Gholami et al. 2021, equation 7, with every decision about ties moved into Delta_i: a tie that goes up moves it
-        to the next smaller float. Shapes: levels (n,), middles and codes (n - 1,), result (n - 1,).
+        to the next smaller float. Shapes: levels (n,), middles and codes (n - 1,), result (n - 1,); float64 but for it.
         """
         import torch
 
         at, inclusive = self.goes_up_at(levels[:-1], levels[1:], middles, codes)
-        below = torch.nextafter(at, at.new_full((), -torch.inf))
-        return below.where(inclusive, at)
+        nearest = at.float()  # where it lies above a threshold between two floats, it goes up itself
+        below = torch.nextafter(nearest, nearest.new_full((), -torch.inf))
+        return below.where((nearest > at) | (inclusive & (nearest == at)), nearest)
 
     def at(self, site: str, step: int) -> Rounding:
         """The mode as one site uses it in one step; only random ones differ."""
@@ -82,7 +83,8 @@ class HalfAway(Rounding):
     def __call__(self, x: Tensor) -> Tensor:
         # x + 0.5 would round: the float below one half must stay below.
         whole = x.trunc()
-        return whole + (x - whole).mul_(2).trunc_()
+        # Of an infinite quotient, infinity - infinity counts as nothing.
+        return whole + (x - whole).mul_(2).trunc_().nan_to_num_()
 
     def goes_up_at(self, lower, upper, middle, codes):
         return middle, middle >= 0
@@ -167,12 +169,17 @@ class Stochastic(Rounding):
         lower = x.floor()
         return lower + ((x - lower) > self.uniform(x))
 
+    @property
+    def stream(self) -> int:
+        """The number of this stream of draws, a signed 32-bit integer."""
+        return _int32(self.key or zlib.crc32(f"{self.seed}".encode()))
+
     def uniform(self, x: Tensor) -> Tensor:
         """Independent draws from {0, 1, ..., 2^24 - 1} / 2^24, one for each element of x."""
         import torch
 
-        index = torch.arange(x.numel(), dtype=torch.int64, device=x.device).view(x.shape)
-        return hashed_uniform(index, self.key or zlib.crc32(f"{self.seed}".encode()))
+        index = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape)
+        return hashed_uniform(index, self.stream)
 
     def goes_up_at(self, lower, upper, middle, codes):
         raise TypeError("stochastic rounding has no thresholds")
@@ -182,16 +189,21 @@ class Stochastic(Rounding):
 
 
 def hashed_uniform(index: Tensor, key: int | Tensor) -> Tensor:
-    """A hash of index and key as float32 in [0, 1): two rounds of multiply and xor-shift on 32 bits.
+    """A hash of index (int32) and key as float32 in [0, 1): two rounds of multiply and xor-shift on 32 bits.
 
-    The constants are those of a mixer found by search for the least bias (Wellons 2018, "lowbias32").
+    The constants are those of a mixer found by search for the least bias (C. Wellons, hash-prospector, 2018 to 2022).
     """
     import torch
 
-    low32 = 0xFFFFFFFF
-    # Two indices apart by 2^32 would share a draw; no tensor here is that large.
-    h = (index * 0x9E3779B1 + key) & low32
-    h = ((h ^ (h >> 16)) * 0x7FEB352D) & low32
-    h = ((h ^ (h >> 15)) * 0x846CA68B) & low32
-    h = h ^ (h >> 16)
-    return (h >> 8).to(torch.float32) * 2.0**-24
+    # int32 products wrap around as the hash wants; its shifts fill in the sign, which the masks take away again.
+    h = index ^ key
+    h = (h ^ ((h >> 16) & 0xFFFF)) * 0x21F0AAAD
+    h = h + key  # or streams would be one sequence in another order
+    h = (h ^ ((h >> 15) & 0x1FFFF)) * _int32(0xD35A2D97)
+    h = h ^ ((h >> 15) & 0x1FFFF)
+    return ((h >> 8) & 0xFFFFFF).to(torch.float32) * 2.0**-24
+
+
+def _int32(value: int) -> int:
+    """The signed number with these 32 bits."""
+    return value - 2**32 if value >= 2**31 else value
