@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,10 +38,12 @@ class Levels(LevelGrid):
         if len(levels) < 2:
             raise ValueError(f"{where}: holds {len(levels)} levels, at least 2 are needed")
         _require_increasing(where, "levels", levels)
-        if levels[0] == levels[-1] == 0 or max(map(abs, levels)) > 2.0**100:
-            raise ValueError(f"{where}: levels must lie between -2^100 and 2^100, not all at 0")
+        if not 2.0**-100 <= max(map(abs, levels)) <= 2.0**100:
+            raise ValueError(f"{where}: levels must lie between -2^100 and 2^100, not all within 2^-100")
+        levels = _float32(levels)
+        _require_increasing(where, "levels as float32", levels)
         if thresholds is not None:
-            thresholds = _numbers(where, "threshold", thresholds)
+            thresholds = _float32(_numbers(where, "threshold", thresholds))
             _require_increasing(where, "thresholds", thresholds)
             if len(thresholds) != len(levels) - 1:
                 raise ValueError(f"{where}: {len(levels)} levels need {len(levels) - 1} thresholds, not {len(thresholds)}")
@@ -90,6 +93,12 @@ def _numbers(where: str, what: str, given: Iterable[object]) -> tuple[float, ...
             raise ValueError(f"{where}: {word!r} is no {what}, which must be a finite number")
         numbers.append(number)
     return tuple(numbers)
+
+
+def _float32(numbers: tuple[float, ...]) -> tuple[float, ...]:
+    """The nearest float32 numbers, without a negative zero."""
+    packed = struct.pack(f"{len(numbers)}f", *(max(-(2.0**127), min(x, 2.0**127)) for x in numbers))
+    return tuple(x + 0.0 for x in struct.unpack(f"{len(numbers)}f", packed))
 
 
 def _require_increasing(where: str, what: str, numbers: tuple[float, ...]) -> None:

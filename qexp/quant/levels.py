@@ -109,7 +109,8 @@ class LevelGrid(Grid):
         if rounding.is_random:
             lower = torch.bucketize(u, levels[1:-1], right=True)
             below, above = levels[lower], levels[lower + 1]
-            index = rounding(lower + ((u - below) / (above - below)).clamp_(0, 1))
+            # 0 / 0 is between equal levels, which a codebook of constant data has.
+            index = rounding(lower + ((u - below) / (above - below)).clamp_(0, 1).nan_to_num_())
         else:
             index = torch.bucketize(u, self._thresholds(rounding, qparams).to(u.device))
         return index.to(torch.float32).sub_(self.zero_index)
@@ -163,9 +164,9 @@ def unit_thresholds(grid: LevelGrid, rounding: Rounding) -> Tensor:
 def _thresholds(levels: Tensor, middles: tuple[float, ...] | None, rounding: Rounding, zero_index: int) -> Tensor:
     import torch
 
-    # The mean of two float32 numbers in float64 is exact; rounding it keeps it between them.
-    means = (levels[:-1].double() + levels[1:].double()).div_(2).float() if middles is None else torch.tensor(middles)
-    return rounding.thresholds(levels, means.float(), torch.arange(len(levels) - 1) - zero_index)
+    levels = levels.double()  # in which the mean of two float32 numbers is exact
+    means = (levels[:-1] + levels[1:]) / 2 if middles is None else torch.tensor(middles).to(levels)
+    return rounding.thresholds(levels, means, torch.arange(len(means), device=levels.device) - zero_index)
 
 
 def require_bits(bits: int, least: int, most: int) -> None:
