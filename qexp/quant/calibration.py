@@ -73,8 +73,8 @@ class Percentile(Calibration):
     """The range that leaves out the (100 - percentile) % most extreme values (Wu et al. 2020, section 3.3).
 
     Symmetric grids clip at the percentile of |x|; affine grids clip (100 - percentile) % at each end. A percentile
-    is the smallest value whose cumulative share reaches it. Of a stream it is exact where at most 2,048 values lie
-    beyond it, and otherwise within 2^-12 of itself.
+    is the smallest value whose cumulative share reaches it. Of a stream it is exact where fewer than 2,048 values lie
+    beyond it, and otherwise within 2^-12 of itself; of the blocks of a stream, 64 values and 2^-8.
     """
 
     percentile: float = 99.99

@@ -33,7 +33,7 @@ class Observer(nn.Module):
         super().__init__()
         self.sketch = Sketch(*([] if granularity is None else [granularity]), shape=shape, constant=constant)
         self.sample = RowSample(row_length) if row_length else None
-        self.key = f"{self.sketch.granularity}, {constant:g}, {row_length}"
+        self.key = f"{self.sketch.granularity}, {float(constant)!r}, {row_length}"
 
     def update(self, x: Tensor) -> None:
         """Take in a tensor. Errors: ValueError for NaN, infinity or no element."""
@@ -60,12 +60,12 @@ class Observer(nn.Module):
 
     def load(self, state: State) -> None:
         """Take the place of the observer that `state` came from. Errors: ValueError for one of another kind."""
-        buffers = dict(self.named_buffers())
-        if any(name not in buffers or buffers[name].shape != t.shape for name, t in state.items() if "." in name):
+        buffers = {name: buffer for name, buffer in self.named_buffers() if name != "sketch.counts"}
+        shapes = {name: buffer.shape for name, buffer in buffers.items()}
+        if shapes != {name: tensor.shape for name, tensor in state.items() if name not in ("cells", "counts")}:
             raise ValueError("was observed in another way")
-        for name, tensor in state.items():
-            if name in buffers:
-                buffers[name].copy_(tensor)
+        for name, buffer in buffers.items():
+            buffer.copy_(state[name])
         self.sketch.counts.zero_().view(-1)[state["cells"]] = state["counts"]
 
 
@@ -109,7 +109,12 @@ class RowSample(nn.Module):
 def _hash(rows: Tensor) -> Tensor:
     """A number of 62 bits for each row, from the bits of its values and their places."""
     bits = rows.contiguous().view(torch.int32).long()
-    odd = torch.arange(bits.shape[1], dtype=torch.int64) * 0x9E3779B97F4A7C1 + 0x632BE59BD9B4E019  # wraps around
-    h = ((bits ^ (bits >> 17)) * (2 * odd + 1)).sum(1)
-    h = (h ^ (h >> 29)) * 0x1B03738712FAD5C9
-    return (h ^ (h >> 32)) & 0x3FFFFFFFFFFFFFFF
+    places = torch.arange(bits.shape[1], dtype=torch.int64) * -0x61C8864680B583EB  # wraps around
+    return _mixed(_mixed(bits + places).sum(1)) & 0x3FFFFFFFFFFFFFFF
+
+
+def _mixed(h: Tensor) -> Tensor:
+    """SplitMix64 (Steele et al. 2014): numbers of 64 bits, one to one; without it sums of multiples would collide."""
+    h = (h ^ (h >> 30)) * -0x40A7B892E31B1A47
+    h = (h ^ (h >> 27)) * -0x6B2FB644ECCEEE15
+    return h ^ (h >> 31)

@@ -58,16 +58,16 @@ class Sketch(nn.Module):
 
     def update(self, x: Tensor) -> None:
         """Take in a tensor. Errors: ValueError for NaN, infinity or no element."""
-        least, most = require_values(x)
         x = x.detach().float() + 0.0  # no negative zeros
+        least, most = require_values(x)
         rows = x.reshape(1, -1) if len(self.lo) == 1 else blocks(x, self.granularity.block_shape(tuple(x.shape)))
         lo, hi = (least.view(1), most.view(1)) if len(rows) == 1 else (rows.amin(1), rows.amax(1))
-        lo, hi = lo.float(), hi.float()
         extrema = torch.stack([lo, hi]).double()
         self._take_extrema(lo, hi, extrema, 1, x.numel())
         self.faded.mul_(1 - self.constant).add_(extrema, alpha=self.constant)
         zeros = rows.shape[1] - rows.count_nonzero(1)
-        self._widen(int(torch.frexp(lo.neg().maximum(hi).max()).exponent))
+        # Zeros have no exponent.
+        self._widen(int(torch.frexp(lo.neg().maximum(hi).max().clamp(min=2.0**-126)).exponent))
         self.zeros += zeros
         self.counts += self._count(rows)
         self.counts[:, self.side] -= zeros
@@ -150,7 +150,10 @@ class Sketch(nn.Module):
         exact = (tails != 0).double()
         rest = self.counts - self._count_of(tails)
         filled = rest.any(0).nonzero().flatten()
-        centres = self._centres()[filled].float().clamp(self.lo[:, None], self.hi[:, None])  # (G, cells)
+        # What is left in a cell that a tail divides lies on the tail's inner side.
+        inner = self.tails.amin(2)
+        bounds = self.lo.maximum(-inner[0]), self.hi.minimum(inner[1])
+        centres = self._centres()[filled].float().clamp(bounds[0][:, None], bounds[1][:, None])  # (G, cells)
         points = torch.cat([centres, tails, tails.new_zeros(len(tails), 1)], 1)
         weights = torch.cat([rest[:, filled].double(), exact, self.zeros[:, None].double()], 1)
         points, order = points.sort(dim=1, stable=True)

@@ -36,8 +36,8 @@ class Statistics:
         >>> Statistics.of(torch.tensor([[1.0, -2.0], [0.0, 3.0]]), (1, 2)).lo
         tensor([-2.,  0.])
         """
-        require_values(x)
         x = x.detach().float()
+        require_values(x)
         points = blocks(x, block_shape)
         weights = torch.ones_like(points)
         if points.numel() != x.numel():  # what fills up a block is no value
