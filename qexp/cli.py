@@ -9,6 +9,7 @@ import re
 import sys
 import traceback
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
@@ -29,6 +30,10 @@ from qexp.store import StoreError, digest, read_metrics, run_id, writable
 
 USER_ERRORS = (ConfigError, StoreError, HydraException, OmegaConfBaseException, ValueError, OSError)
 
+# Other verbs than to run: the first word -> the module that has its `main(arguments) -> exit code`, and what it does.
+VERBS = {
+    "levels": ("qexp.levels_cli", "which numbers a format has, as tables and figures; nothing is trained"),
+}
 
 # All jobs of this call, in order.
 _planned: list[Job] = []
@@ -95,6 +100,8 @@ def _main(arguments: list[str]) -> int:
     if "--version" in arguments:
         print(f"qexp {__version__}")
         return 0
+    if arguments and arguments[0] in VERBS:
+        return import_module(VERBS[arguments[0]][0]).main(arguments[1:])
     parser = get_args_parser()
     parser.error = _refuse
     parsed = parser.parse_intermixed_args(arguments)
@@ -107,7 +114,11 @@ def _main(arguments: list[str]) -> int:
     if parsed.help or parsed.hydra_help or parsed.cfg or parsed.info or parsed.shell_completion:
         start_hydra(parsed.config_dir)
         composed([text for text in parsed.overrides if text not in swept_of(parsed.overrides)])
-        return _hydra([*options, *parsed.overrides])
+        try:
+            return _hydra([*options, *parsed.overrides])
+        finally:  # after its help Hydra exits
+            if parsed.help:
+                _print_verbs()
     jobs = compose_jobs(parsed.overrides, parsed.multirun, parsed.config_dir)
     for outputs in dict.fromkeys(job.settings.config["paths"]["outputs"] for job in jobs):
         writable(Path(outputs))
@@ -116,6 +127,12 @@ def _main(arguments: list[str]) -> int:
         return _hydra([*options, *parsed.overrides])
     _check(jobs)
     return _summary(jobs, _hydra([*options, *parsed.overrides, *_group(jobs)]))
+
+
+def _print_verbs() -> None:
+    print("Other verbs (qexp VERB --help):")
+    for verb, (_, purpose) in VERBS.items():
+        print(f"  qexp {verb:<12} {purpose}")
 
 
 def _refuse(message: str) -> NoReturn:

@@ -18,7 +18,7 @@ ORDER = [
     {"analysis"},
     {"store", "machine", "settings", "tracking", "record", "report", "prepare", "stopping"},
     {"run", "jobs"},
-    {"cli", "__main__"},
+    {"cli", "levels_cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 ENGINES = {"onnx", "onnxruntime", "onnxscript", "openvino"}
