@@ -65,7 +65,7 @@ class Sketch(nn.Module):
         extrema = torch.stack([lo, hi]).double()
         self._take_extrema(lo, hi, extrema, 1, x.numel())
         self.faded.mul_(1 - self.constant).add_(extrema, alpha=self.constant)
-        zeros = rows.shape[1] - rows.count_nonzero(1)
+        zeros = rows.shape[1] - (rows.count_nonzero()[None] if len(rows) == 1 else rows.count_nonzero(1))
         # Zeros have no exponent.
         self._widen(int(torch.frexp(lo.neg().maximum(hi).max().clamp(min=2.0**-126)).exponent))
         self.zeros += zeros
@@ -113,9 +113,9 @@ class Sketch(nn.Module):
         self.exponent.fill_(exponent)
 
     def _take_tails(self, rows: Tensor) -> None:
-        for side, (values, most) in enumerate([(rows.neg(), -self.lo), (rows, self.hi)]):
+        for side, (sign, most) in enumerate([(-1, -self.lo), (1, self.hi)]):
             if bool((most > 0).any()):
-                self._take_tail(side, _largest(values, self.tail, self.tails[side].amin(1)))
+                self._take_tail(side, _largest(rows, sign, self.tail, self.tails[side].amin(1)))
 
     def _take_tail(self, side: int, candidates: Tensor) -> None:
         both = torch.cat([self.tails[side], candidates.clamp(min=0)], 1)
@@ -179,14 +179,18 @@ class Sketch(nn.Module):
         return torch.cat([-side.flip(0), side])
 
 
-def _largest(values: Tensor, count: int, above: Tensor) -> Tensor:
-    """At least the `count` largest values of each row that exceed `above` of the row; others may be among them."""
-    rows, n = values.shape
-    if rows > 1 or n < 128 * count:
-        return values.topk(min(count, n), dim=1).values
-    # The count-th largest of the maxima of pieces is no larger than the count-th largest value.
-    pieces = values[0, : n - n % 128].view(-1, 128)
-    maxima = pieces.amax(1)
-    bound = maxima.topk(count).values[-1].maximum(above[0])
-    found = pieces[maxima >= bound].flatten()
-    return torch.cat([found[found >= bound], values[0, n - n % 128 :]])[None]
+def _largest(rows: Tensor, sign: int, count: int, kept: Tensor) -> Tensor:
+    """What of sign * rows may belong to the `count` largest of each row, when values up to `kept` are known to be no news.
+
+    Of a large tensor, pieces whose extremum is too small are passed over: the count-th largest of the extrema is no
+    larger than the count-th largest value.
+    """
+    bound = float(kept[0])
+    pieces, rest = rows[0, : rows.shape[1] // 128 * 128].view(-1, 128), rows[:, rows.shape[1] // 128 * 128 :]
+    if len(rows) > 1 or (bound == 0 and len(pieces) < count):
+        return (rows * sign).topk(min(count, rows.shape[1]), dim=1).values
+    extrema = pieces.amax(1) if sign > 0 else pieces.amin(1).neg()
+    if bound == 0:
+        bound = float(torch.nextafter(extrema.topk(count).values[-1], extrema.new_zeros(())))
+    found = (pieces[extrema > bound] * sign).flatten()
+    return torch.cat([found[found > bound][None], rest * sign], 1)
