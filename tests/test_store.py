@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qexp.store import TensorCache, StoreError, read_metrics, replacing, writable, write_json
+from qexp.store import StoreError, TensorCache, read_metrics, replacing, writable, write_json
 
 
 def write(folder: Path, content: str) -> None:
@@ -167,7 +167,7 @@ def python(code: str, *arguments: object, wait: bool = True):
 def test_processes_that_start_together_train_once(tmp_path):
     code = (
         "import sys, time, torch; from pathlib import Path; from qexp.store import TensorCache\n"
-        "root = Path(sys.argv[1]); cache = TensorCache(root, {'seed': 0})\n"
+        "root = Path(sys.argv[1]); cache = TensorCache(root, {'seed': 0}, 'train again')\n"
         "(root / sys.argv[2]).touch()\n"
         "while len(list(root.glob('ready*'))) < 3: time.sleep(0.01)\n"
         "with cache.lock():\n"
