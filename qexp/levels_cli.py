@@ -138,7 +138,10 @@ def _fits(chosen: Settings) -> tuple[dict[str, list[Fit]], str]:
     from qexp.report.formats import SAMPLE, activation_sample, fit, symmetric_and_affine, weight_sample
 
     recipe, seed = chosen.recipe, chosen.seed
-    samples = {"weight": (weight_sample(seed), recipe.weight), "activation": (activation_sample(seed), recipe.activation)}
+    samples = {
+        "weight": (weight_sample(seed), recipe.weight),
+        "activation": (activation_sample(seed), recipe.activation),
+    }
     fits = {name: [fit(x, s) for s in symmetric_and_affine(scheme)] for name, (x, scheme) in samples.items()}
     calibrations = " and ".join(dict.fromkeys(str(scheme.calibration) for _, scheme in samples.values()))
     caption = (

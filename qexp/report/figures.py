@@ -195,15 +195,15 @@ def _histogram(axes: Axes, fit: Fit) -> None:
         axes.axvline(bound, color="black", linewidth=1, linestyle=(0, (4, 2)))
     axes.tick_params(labelbottom=False)
     zero, unused, codes = int(fit.view.qparams.zero_point), int((~fit.used).sum()), len(fit.used)
-    told = f"{unused:,} of {codes} codes unused" if unused else f"all {codes} codes used"
-    kind = "symmetric" if fit.view.grid.symmetric else "affine"
-    text = f"{kind}, {fit.view.grid}" if kind not in str(fit.view.grid) else str(fit.view.grid)
+    told = f"{unused:,} of {codes:,} codes unused" if unused else f"all {codes:,} codes used"
+    mirrored = fit.view.grid.symmetric and abs(lo + hi) < 1e-6 * hi
+    text = f"{'symmetric, ' if mirrored else ''}{fit.view.grid}"
     told = f"range [{lo:.3g}, {hi:.3g}], Z = {zero}, {told}".replace("-", "−")
     axes.set_title(f"{text}: SQNR {fit.sqnr_db:.1f} dB\n{told}", linespacing=1.4)
 
 
 def _codes(axes: Axes, fit: Fit) -> None:
-    """A tick for each code at its value, and the names of the first, of that of zero, and of the last."""
+    """A tick for each code at its value, and the names of the first, the last, and that of zero."""
     levels, used, grid = fit.view.levels.numpy(), fit.used.numpy(), fit.view.grid
     axes.set(ylim=(0, 1), yticks=[])
     axes.spines["left"].set_visible(False)
@@ -215,7 +215,7 @@ def _codes(axes: Axes, fit: Fit) -> None:
     for code in (zero, grid.quant_min, grid.quant_max):
         place = float(levels[code - grid.quant_min])
         if all(abs(place - other) > 0.07 * (high - low) for other in taken):
-            name = f"Z = {code}" if code == zero else str(code).replace("-", "−")
+            name = f"Z = {code}" if place == 0 else str(code).replace("-", "−")
             axes.text(place, 0.5, name, ha="center", va="bottom", fontsize=8, color="#222222")
             taken.append(place)
     axes.set_ylabel("codes", rotation=0, ha="right", va="center", y=0.2)

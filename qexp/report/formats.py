@@ -1,8 +1,9 @@
-"""What tables and figures of formats show: levels and thresholds at one scale, staircases, samples and what fits them."""
+"""What tables and figures of formats show: levels and thresholds at one scale, staircases, samples."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,7 +12,6 @@ from qexp.metrics.sqnr import sqnr_db
 from qexp.quant.affine import QParams
 from qexp.quant.codebooks import Binary
 from qexp.quant.grid import HALF_EVEN, Grid, IntegerGrid
-from qexp.quant.levels import unit_thresholds
 from qexp.quant.recipe import Scheme
 from qexp.quant.rounding import Rounding
 from qexp.quant.stats import Statistics
@@ -31,32 +31,26 @@ class View:
     qparams: QParams
     fitted: str = ""
 
-    @property
+    @cached_property
     def units(self) -> Tensor:
         """The levels X_i, increasing, in units of S; of integers q - Z."""
-        if isinstance(self.grid, IntegerGrid):
-            codes = torch.arange(self.grid.quant_min, self.grid.quant_max + 1, dtype=torch.float32)
-            return codes - self.qparams.zero_point
-        own = self.qparams.levels
-        return torch.tensor(self.grid.unit, dtype=torch.float32) if own is None else own
+        return self.grid.levels(self.qparams._replace(scale=torch.ones(()))).flatten()
 
-    @property
+    @cached_property
     def levels(self) -> Tensor:
         """The levels as values, S X_i."""
         return self.grid.levels(self.qparams).flatten()
 
-    @property
+    @cached_property
     def thresholds(self) -> Tensor | None:
         """Thresholds Delta_i in units of S: level i + 1 is taken from above Delta_i on; None where a draw decides."""
         if self.rounding.is_random:
             return None
-        if not isinstance(self.grid, IntegerGrid) and self.qparams.levels is None:
-            return unit_thresholds(self.grid, self.rounding)
-        units = self.units
-        names = units if isinstance(self.grid, IntegerGrid) else torch.arange(len(units)) - self.grid.zero_index
-        return self.rounding.thresholds(units, (units[:-1] + units[1:]) / 2, names[:-1])
+        if not isinstance(self.grid, IntegerGrid):
+            return self.grid._thresholds(self.rounding, self.qparams)
+        return self.rounding.thresholds(self.units, (self.units[:-1] + self.units[1:]) / 2, self.units[:-1])
 
-    @property
+    @cached_property
     def uniform(self) -> bool:
         """Whether all steps are equal."""
         steps = self.units.double().diff()
@@ -73,7 +67,7 @@ class View:
             r = torch.linspace(lo, hi, POINTS)
         else:
             steps = thresholds * self.qparams.scale
-            beside = 1e-6 * (hi - lo)  # further than a rounding error away
+            beside = 2**-20 * steps.abs() + 2**-120  # further away than a rounding error
             r = torch.cat([steps.new_tensor([lo, hi]), steps, steps - beside, steps + beside])
             r = r[(r >= lo) & (r <= hi)].unique()
         return r, self.quantized(r)
@@ -109,14 +103,14 @@ class Fit:
     x: Tensor
     view: View
 
-    @property
+    @cached_property
     def sqnr_db(self) -> float:
         """10 log10(sum x^2 / sum (x - Q(x))^2)."""
         x = self.x.double()
         noise = (x - self.view.quantized(self.x).double()).square().sum()
         return sqnr_db(x.square().sum(), noise)
 
-    @property
+    @cached_property
     def used(self) -> Tensor:
         """For each code from the smallest to the largest whether a value of x has it."""
         grid, qparams = self.view.grid, self.view.qparams

@@ -67,7 +67,7 @@ def _engines(scheme: Scheme, is_weight: bool) -> str:
 
 
 def levels_table(name: str, view: View) -> Table | None:
-    """Levels X_i and thresholds Delta_i in units of S, where there are few: Q(r) = S X_i for Delta_i < r/S <= Delta_i+1."""
+    """Levels X_i and the thresholds Delta_(i+1) above them in units of S; None where there are many."""
     units = view.units.tolist()
     if len(units) > MOST_LISTED:
         return None
