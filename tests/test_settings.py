@@ -15,8 +15,8 @@ from qexp.store import run_id
 REFUSED = {
     "model=foo": "model=foo: no such option; allowed are custom, mobilenet",
     "model=": "model=: no such option; allowed are custom",
-    "quantizer=null": "quantizer=null: no such option; allowed are int4, int8, w4a8",
-    "quantizer=3": "quantizer=3: no such option; allowed are int4, int8, w4a8",
+    "quantizer=null": "quantizer=null: no such option; allowed are apot4, binary, fp4_e2m1",
+    "quantizer=3": "quantizer=3: no such option; allowed are apot4, binary, fp4_e2m1",
     "experiment=foo": "experiment=foo: no such option",
     "experiment=wu2020/foo": "experiment=wu2020/foo: no such option",
     "foo=1": "foo: no such key; allowed are seed",
@@ -48,11 +48,30 @@ REFUSED = {
     "engine.engines=[a]": "engine.engines",
     "engine.engines.openvino=foo": "engine.engines.openvino: must hold a _target_",
     "quantizer.weight=foo": "quantizer.weight: must hold a _target_, the import path of a class or function, but",
-    "quantizer.weight.bits=9": "quantizer.weight.bits=9: allowed are the integers 2 to 8",
-    "quantizer.weight.bits=1": "quantizer.weight.bits=1: allowed are the integers 2 to 8, because one symmetric bit",
+    "quantizer.weight.bits=17": "quantizer.weight.bits=17: allowed are the integers 2 to 16",
+    "quantizer.weight.bits=1": "quantizer.weight.bits=1: allowed are the integers 2 to 16, because one symmetric bit",
+    "quantizer.weight.bits=0 quantizer.weight.convention=affine": "bits=0: allowed are the integers 1 to 16",
+    "quantizer.weight.scale=e8m1": "quantizer.weight.scale='e8m1': allowed are float32, power_of_two, e8m0, e4m3",
+    "quantizer.activation.scale=e8m0": "quantizer.activation.scale='e8m0': allowed are float32, power_of_two for affine",
+    "quantizer=levels": "quantizer.weight.file: a value must be given",
+    "quantizer=levels quantizer.weight.file=/nowhere": "quantizer.weight.file=/nowhere: cannot be read (No such file",
+    "quantizer=nf4 quantizer.weight.bits=9": "quantizer.weight.bits=9: allowed are the integers 2 to 8",
+    "quantizer=fp8_e4m3 quantizer.weight.specials=x": "quantizer.weight.specials='x': allowed are ieee, fn, none",
+    "quantizer=nf4 engine=onnxruntime": "engine=onnxruntime: cannot run it, because weights are nf4",
+    "quantizer=int16 engine=openvino": "engine=openvino: cannot run it, because weights are int16",
+    "granularity=per_token engine=openvino": "engine=openvino: cannot run it, because activations are per_token",
+    "granularity=per_group granularity.weight.size=0": "granularity.weight.size=0: must be an integer of at least 1",
+    "granularity=per_group granularity.weight.pad=1": "granularity.weight.pad=1: allowed are true and false",
+    "quantizer=int16 calibration=mse": "calibration.activation=mse(100): its statistics resolve at most 11 bits",
+    "calibration=entropy quantizer.activation.bits=12": "calibration.activation=entropy: its statistics resolve",
+    "calibration=aciq calibration.weight.distribution=x": "calibration.weight.distribution='x': allowed are laplace",
+    "calibration=hqo calibration.weight.p=2": "calibration.weight.p=2: must be at most 1",
+    "calibration=moving_average calibration.activation.constant=0": "calibration.activation.constant=0: allowed are",
+    "rounding=stochastic rounding.weight.seed=-1": "rounding.weight.seed=-1: must be an integer of at least 0",
+    "rounding=up": "rounding=up: no such option; allowed are ceil, floor, half_away, half_even, stochastic, toward_zero",
+    "rounding.weight._target_=qexp.quant.grid.IntegerGrid": "must be a Rounding, not IntegerGrid",
     "quantizer.weight.convention=x": "quantizer.weight.convention='x': allowed are affine, full_range",
     "quantizer.exclude=stem": "quantizer.exclude='stem': must be a list",
-    "granularity.weight.axis=1": "granularity.weight=per_channel(axis=1): weights are quantized per_tensor or",
     "calibration=percentile calibration.activation.percentile=50": "calibration.activation.percentile=50: allowed are",
     "calibration=percentile calibration.activation.percentile=100.1": "percentile=100.1: allowed are numbers above 50",
     "model=custom": "model._target_: a value must be given",
@@ -87,7 +106,7 @@ def test_what_cannot_be_is_refused_in_one_sentence(asked):
     [
         (["seed=0,abc"], "seed='abc': must be an integer"),
         (["model=resnet8,foo"], "model=foo: no such option"),
-        (["quantizer.weight.bits=4,9", "seed=0,1"], "quantizer.weight.bits=9"),
+        (["quantizer.weight.bits=4,17", "seed=0,1"], "quantizer.weight.bits=17"),
         (["trainer.lr=interval(0,1)"], "does not support sweep type"),
         (["experiment=granularity_w4,wu2020/table5"], "experiment=granularity_w4: is a sweep of its own"),
     ],
@@ -138,10 +157,29 @@ def test_the_identity_of_a_run_is_what_can_change_its_result():
     assert len({usual, *(identity(override) for override in others)}) == 6
 
 
+def test_the_levels_of_a_file_are_part_of_the_identity(tmp_path):
+    file = tmp_path / "mine.txt"
+    asked = ["quantizer=levels", f"quantizer.weight.file={file}"]
+    file.write_text("-1 -0.25\n0 0.5  # a threshold of its own\n2\n")
+    (job,) = compose_jobs(asked, multirun=False)
+    weight = job.settings.config["quantizer"]["weight"]
+    assert (weight["values"], weight["thresholds"]) == ([-1.0, 0.0, 2.0], [-0.25, 0.5])
+    before = identity(*asked)
+    file.write_text("-1\n0\n3\n")
+    assert identity(*asked) != before
+
+
+def test_a_format_may_choose_the_granularity_that_it_is_made_of_and_the_user_another():
+    (job,) = compose_jobs(["quantizer=mxfp4"], multirun=False)
+    assert str(job.settings.recipe.weight.granularity) == "per_group(32, pad)"
+    (job,) = compose_jobs(["quantizer=mxfp4", "granularity=per_channel"], multirun=False)
+    assert str(job.settings.recipe.weight.granularity) == "per_channel"
+
+
 def test_a_refusal_needs_no_torch(tmp_path):
     code = (
         "import sys; from qexp.cli import main\n"
-        "try: main(['quantizer.weight.bits=9'])\n"
+        "try: main(['quantizer.weight.bits=17'])\n"
         "except SystemExit as end: assert end.code == 2, end.code\n"
         "heavy = {'torch', 'pytorch_lightning', 'wandb', 'onnx'} & set(sys.modules)\n"
         "assert not heavy, heavy"
@@ -149,4 +187,4 @@ def test_a_refusal_needs_no_torch(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines() == ["qexp: quantizer.weight.bits=9: allowed are the integers 2 to 8"]
+    assert done.stderr.splitlines() == ["qexp: quantizer.weight.bits=17: allowed are the integers 2 to 16"]
