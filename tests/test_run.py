@@ -274,6 +274,7 @@ REFUSED = {
     "data=digits data.batch_size=1": (ConfigError, "data.batch_size=1: must be a whole number of at least 2"),
     "data=digits data.calibration_size=0": (ConfigError, "data.calibration_size=0: must be"),
     "data=image_folder data.root=/nowhere": (ConfigError, "data.root=/nowhere: no such folder"),
+    "data=image_folder data.root=/": (ConfigError, "^data.root=/: train must hold one folder"),
     "logger=wandb_online": (ValueError, "logger.mode=online: no W&B key is configured"),
     "engine=openvino engine.engines.openvino._target_=mine.No": (
         ConfigError,

@@ -62,11 +62,11 @@ def class_names(folder: Path) -> list[str]:
 
     >>> class_names(Path("/no/such/train"))
     Traceback (most recent call last):
-    FileNotFoundError: data.root: /no/such/train must hold one folder of images per class
+    FileNotFoundError: data.root=/no/such: train must hold one folder of images per class
     """
     names = [entry.name for entry in folder.iterdir() if entry.is_dir()] if folder.is_dir() else []
     if not names:
-        raise FileNotFoundError(f"data.root: {folder} must hold one folder of images per class")
+        raise FileNotFoundError(f"data.root={folder.parent}: {folder.name} must hold one folder of images per class")
     return sorted(names)
 
 
