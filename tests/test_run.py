@@ -280,6 +280,10 @@ REFUSED = {
         ConfigError,
         "engine.engines.openvino._target_=mine.No",
     ),
+    "engine=openvino engine.engines.openvino.precision=f8": (
+        ConfigError,
+        "engine.engines.openvino.precision='f8': allowed are f32, bf16, f16",
+    ),
 }
 
 

@@ -11,6 +11,7 @@ import openvino as ov
 from qexp.quant.dataflow import Dataflow
 
 PRODUCTS = ("Convolution", "FullyConnected", "MatMul")
+PRECISIONS = ("f32", "bf16", "f16")
 
 
 class OpenVino:
@@ -18,11 +19,14 @@ class OpenVino:
 
     It ignores a quantizer on that branch, so the recipe leaves it out and the simulation follows. `precision` is the
     type of what is not int8: its default on many CPUs is bfloat16, which would be no honest float32.
+    Errors: ValueError for a precision that OpenVINO does not know.
     """
 
     name = "openvino"
 
     def __init__(self, precision: str = "f32") -> None:
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision={precision!r}: allowed are {', '.join(PRECISIONS)}")
         self.precision = precision
 
     def version(self) -> str:
