@@ -37,6 +37,9 @@ def data_module(config: dict[str, Any]) -> pl.LightningDataModule:
     data = build(config["data"], "data")
     if not isinstance(data, pl.LightningDataModule):
         raise ConfigError(f"data._target_={config['data']['_target_']}: must be a LightningDataModule")
+    for loader in "train_dataloader", "test_dataloader":
+        if getattr(type(data), loader) is getattr(pl.LightningDataModule, loader):
+            raise ConfigError(f"data: {type(data).__name__} must define {loader}")
     try:
         data.prepare_data()
         data.setup("fit")
@@ -62,8 +65,11 @@ def calibration_loader(data: pl.LightningDataModule, seed: int) -> DataLoader:
 
 
 def example_images(data: pl.LightningDataModule) -> Tensor:
-    """Two images of the test set: what the network is traced with."""
-    images = next(iter(data.test_dataloader()))[0][:2]
+    """Two images of the test set: what the network is traced with. Errors: ConfigError if it is empty."""
+    batch = next(iter(data.test_dataloader()), None)
+    if batch is None:
+        raise ConfigError(f"data: the test set of {type(data).__name__} is empty")
+    images = batch[0][:2]
     return images if len(images) == 2 else images.repeat(2, *[1] * (images.dim() - 1))
 
 
@@ -220,11 +226,15 @@ def _source_hashes(*things: Any) -> list[str]:
 
 
 def train_(net: nn.Module, settings: Settings, data: pl.LightningDataModule, cache: TensorCache, logger: Any) -> None:
-    """Give the network its trained weights. Errors: ValueError if training diverges, StoreError for a damaged cache."""
+    """Give the network its trained weights.
+
+    Errors: ValueError if weights are not finite or training diverges, StoreError for a damaged cache.
+    """
     with cache.lock():
         state = cache.load()
         if state is None:
             section = settings.config["trainer"]
+            _require_finite(dict(net.named_parameters()))
             pl.seed_everything(settings.seed, workers=True, verbose=False)
             task = Float32Task(net, data.num_classes, section["lr"], section["weight_decay"])
             with terminal.stage(f"training the float network, {section['epochs']} epochs") as update:

@@ -185,15 +185,18 @@ class Odd(Net):
 class Data(pl.LightningDataModule):
     num_classes, input_shape = 3, (1, 6, 6)
 
-    def __init__(self, constant=None, train=0.0, calibration=0.0, test=0.0, empty=False):
+    def __init__(
+        self, constant=None, train=0.0, calibration=0.0, test=0.0, empty=False, untested=False, labels=3, first=0
+    ):
         super().__init__()
-        self.constant, self.spoils, self.empty = constant, (train, calibration, test), empty
+        self.constant, self.spoils, self.empty, self.untested = constant, (train, calibration, test), empty, untested
+        self.labels, self.first = labels, first
 
     def loader(self, spoil, size=32):
         torch.manual_seed(0)
         images = torch.randn(size, 1, 6, 6) if self.constant is None else torch.full((size, 1, 6, 6), self.constant)
         images[size // 2 :, 0, 0, 0] += spoil
-        return DataLoader(TensorDataset(images, torch.arange(size) % 3), batch_size=16)
+        return DataLoader(TensorDataset(images, torch.arange(size) % self.labels + self.first), batch_size=16)
 
     def train_dataloader(self):
         return self.loader(self.spoils[0])
@@ -202,7 +205,17 @@ class Data(pl.LightningDataModule):
         return self.loader(self.spoils[1], 0 if self.empty else 32)
 
     def test_dataloader(self):
-        return self.loader(self.spoils[2])
+        return self.loader(self.spoils[2], 0 if self.untested else 32)
+
+
+class Untrained(pl.LightningDataModule):
+    num_classes = 3
+
+
+class Spoiled(Net):
+    def __init__(self, num_classes, in_channels):
+        super().__init__(num_classes, in_channels)
+        self.head.weight.data[0, 0] = float("nan")
 
 
 class Wrong(nn.Module):
@@ -257,6 +270,11 @@ REFUSED = {
     "+data.calibration=nan": (ValueError, r"conv\.input.* NaN"),
     "+data.calibration=inf": (ValueError, r"conv\.input.* infinit"),
     "+data.empty=true": (ConfigError, "data: the calibration set of Data is empty"),
+    "+data.untested=true": (ConfigError, "data: the test set of Data is empty"),
+    "+data.labels=4": (ValueError, "data: a label is 3, but with num_classes=3 labels are 0 to 2"),
+    "+data.first=-1": (ValueError, "data: a label is -1, but with num_classes=3 labels are 0 to 2"),
+    "data._target_=mine.Untrained": (ConfigError, "data: Untrained must define train_dataloader"),
+    "model._target_=mine.Spoiled": (ValueError, "head.weight: the float network holds NaN or infinite values"),
     "+model.kind=ConvTranspose2d": (ConfigError, "quantizer: layer 'odd' is a ConvTranspose2d, which has weights"),
     "quantizer.exclude=[nope]": (ConfigError, "quantizer.exclude='nope': matches no layer of Net"),
     "+model.depth=3": (ConfigError, "model.depth=3: mine.Net has no such option"),

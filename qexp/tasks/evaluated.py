@@ -11,7 +11,8 @@ from torchmetrics.classification import MulticlassAccuracy
 class EvaluatedTask(pl.LightningModule):
     """A classifier with a test pass; batches are (images, labels), the network returns logits (N, classes).
 
-    After `trainer.test`, `logits` holds those of the whole test set. Errors: ValueError for NaN or infinite logits.
+    After `trainer.test`, `logits` holds those of the whole test set. Errors: ValueError for NaN or infinite logits,
+    and for labels that no logit stands for.
     """
 
     def __init__(self, net: nn.Module, num_classes: int) -> None:
@@ -24,11 +25,19 @@ class EvaluatedTask(pl.LightningModule):
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
 
+    def require_classes(self, labels: Tensor) -> None:
+        """Refuse labels outside 0 to num_classes - 1. Errors: ValueError."""
+        lowest, highest, classes = int(labels.min()), int(labels.max()), self.accuracy.num_classes
+        if lowest < 0 or highest >= classes:
+            wrong = lowest if lowest < 0 else highest
+            raise ValueError(f"data: a label is {wrong}, but with num_classes={classes} labels are 0 to {classes - 1}")
+
     def on_test_epoch_start(self) -> None:
         self._batches = []
 
     def test_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         images, labels = batch
+        self.require_classes(labels)
         logits = self(images)
         if not bool(logits.isfinite().all()):
             raise ValueError(f"test batch {index}: the network returns NaN or infinite logits")

@@ -18,6 +18,7 @@ class Float32Task(EvaluatedTask):
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         images, labels = batch
+        self.require_classes(labels)
         loss = F.cross_entropy(self(images), labels)
         if not bool(loss.isfinite()):
             raise ValueError(
