@@ -15,16 +15,17 @@ class Stopped(SystemExit):
 
 def unwind_on_signals() -> None:
     """Raise Stopped where SIGINT or SIGTERM arrives; the second signal kills."""
+    stderr = sys.stderr  # of now: while a network is traced, for one, that of the moment is redirected
+
+    def stop(number: int, frame: object) -> None:
+        for each in signal.SIGINT, signal.SIGTERM:
+            signal.signal(each, signal.SIG_DFL)
+        print(f"qexp: stopped by {signal.Signals(number).name}", file=stderr)
+        raise Stopped(128 + number)
+
     for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, _stop)
+        signal.signal(number, stop)
     sys.unraisablehook = _stop_again
-
-
-def _stop(number: int, frame: object) -> None:
-    for each in signal.SIGINT, signal.SIGTERM:
-        signal.signal(each, signal.SIG_DFL)
-    print(f"qexp: stopped by {signal.Signals(number).name}", file=sys.stderr)
-    raise Stopped(128 + number)
 
 
 def _stop_again(unraisable) -> None:

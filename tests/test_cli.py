@@ -1,5 +1,7 @@
 """The command line, as it is typed: in this process where that is enough, in one of its own where it must be."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -216,6 +218,18 @@ def test_a_signal_that_python_drops_in_a_destructor_is_raised_again(qexp, monkey
             pass
 
     monkeypatch.setattr("qexp.run._float_network", drop)
+    code, _, err = qexp(*FAST)
+    assert code == 130
+    assert err.splitlines()[-1] == "qexp: stopped by SIGINT"
+
+
+def test_a_signal_is_told_while_stderr_is_redirected(qexp, monkeypatch):
+    def trace(*_):
+        with contextlib.redirect_stderr(io.StringIO()):
+            os.kill(os.getpid(), signal.SIGINT)
+            sum(range(1000))
+
+    monkeypatch.setattr("qexp.run._float_network", trace)
     code, _, err = qexp(*FAST)
     assert code == 130
     assert err.splitlines()[-1] == "qexp: stopped by SIGINT"
