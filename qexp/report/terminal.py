@@ -92,7 +92,8 @@ def run_table(metrics: dict[str, Any], engines: list[str], title: str) -> Table:
     if not engines:
         table.add_column("simulation", justify="right")
     for name in engines:
-        table.add_column(f"{name} *" if name == metrics.get("engine/winner") else name, justify="right")
+        heading = f"{name} *" if name == metrics.get("engine/winner") else name
+        table.add_column(heading, justify="right", overflow="fold")
     columns = [f"{name}/" for name in engines] or [""]
 
     def row(label: str, cell) -> None:

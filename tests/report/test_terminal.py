@@ -71,3 +71,11 @@ def test_a_log_gets_a_line_every_now_and_then(monkeypatch, capsys):
         log(done, 12)
     lines = capsys.readouterr().err.splitlines()
     assert [line.strip() for line in lines] == ["training: 2/12, 0:02:30 to go", "training: 6/12, 0:01:00 to go"]
+
+
+def test_names_of_float_layers_are_whole_on_a_narrow_terminal():
+    name = "blocks.0.attention.scaled_dot_product_attention"
+    metrics = {f"{engine}/int8/island_names": name for engine in ("a", "b")}
+    text = drawn(lambda _: terminal.run_table(metrics, ["a", "b"], "a run"), 80)
+    assert "…" not in text
+    assert max(len(line) for line in text.splitlines()) <= 80
