@@ -192,6 +192,8 @@ def float_cache(settings: Settings, net: nn.Module, data: pl.LightningDataModule
         "model": config["model"],
         # The calibration draw does not touch training.
         "data": {key: value for key, value in config["data"].items() if key != "calibration_size"},
+        # What lies on disk may change while its path stays.
+        "samples": data.fingerprint() if hasattr(data, "fingerprint") else None,
         "trainer": config["trainer"],
         "seed": settings.seed,
         "versions": versions(),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from qexp import prepare
 from qexp.jobs import compose_jobs
@@ -332,6 +333,22 @@ def test_an_edited_source_trains_again(mine, tmp_path, trainings, monkeypatch):
     assert len(trainings) == 1
     (tmp_path / "mine.py").write_text(MINE + "# edited\n")
     mine()
+    assert len(trainings) == 2
+
+
+def test_a_changed_file_of_training_images_trains_again(tmp_path, trainings):
+    for index in range(8):
+        for split in "train", "val":
+            folder = tmp_path / split / f"class{index % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (30 * index, 200, 60)).save(folder / f"{index}.png")
+    data = ["data=image_folder", f"data.root={tmp_path}", "data.image_size=8", "data.num_workers=0"]
+    options = [*data, "data.batch_size=4", "data.calibration_size=4", "engine=none"]
+    start(tmp_path / "out", *options)
+    start(tmp_path / "out", *options, "calibration=mse")
+    assert len(trainings) == 1
+    Image.new("RGB", (9, 9), (5, 5, 5)).save(tmp_path / "train" / "class0" / "0.png")
+    start(tmp_path / "out", *options)
     assert len(trainings) == 2
 
 

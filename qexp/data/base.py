@@ -1,5 +1,6 @@
 """What every data module shares: seeded loaders over a training and a test split."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -93,6 +94,19 @@ class DataModule(pl.LightningDataModule):
                 f"{len(train)}, the number of training images"
             )
         self.splits = train, test
+
+    def fingerprint(self) -> str:
+        """Hash of the training samples; of images in files, their names, sizes and times stand for the pixels."""
+        self.setup()
+        train = self.splits[0]
+        found = hashlib.sha256(train.labels.numpy().tobytes())
+        if isinstance(train.sources, torch.Tensor):
+            found.update(train.sources.numpy().tobytes())
+        else:
+            for path in train.sources:
+                state = path.stat()
+                found.update(f"{path.name} {state.st_size} {state.st_mtime_ns}\n".encode())
+        return found.hexdigest()
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled whole batches of training images; two loaders of the same seed give the same epochs."""

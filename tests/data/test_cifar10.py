@@ -163,3 +163,12 @@ def test_a_missing_batch_and_a_folder_without_batches_are_named(cifar_root, tmp_
 def test_a_bad_augment_is_named(cifar_root):
     with pytest.raises(ValueError, match="^data.augment='yes': must be true or false$"):
         CIFAR10(cifar_root, augment="yes")
+
+
+def test_the_fingerprint_changes_with_a_training_pixel(cifar_root):
+    before = CIFAR10(cifar_root, calibration_size=4).fingerprint()
+    path = cifar_root / "cifar-10-batches-bin" / "data_batch_3.bin"
+    content = bytearray(path.read_bytes())
+    content[5] ^= 1
+    path.write_bytes(content)
+    assert CIFAR10(cifar_root, calibration_size=4).fingerprint() != before

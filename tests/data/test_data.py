@@ -122,3 +122,8 @@ def test_the_configuration_spells_every_option_with_its_default(family):
     if defaults.get("root", "") is None:
         defaults["root"] = "???"  # which only the user knows
     assert written == defaults
+
+
+def test_the_fingerprint_is_that_of_the_training_samples(make):
+    assert make().fingerprint() == make(calibration_size=5).fingerprint()
+    assert len(make().fingerprint()) == 64

@@ -107,3 +107,14 @@ def test_a_folder_without_classes_is_named(tmp_path):
 def test_a_bad_image_size_is_named(image_root):
     with pytest.raises(ValueError, match="^data.image_size=0: must be a whole number of at least 1$"):
         ImageFolder(image_root, image_size=0)
+
+
+def test_the_fingerprint_changes_with_a_training_image_alone(image_root):
+    def fingerprint() -> str:
+        return ImageFolder(image_root, calibration_size=2).fingerprint()
+
+    before = fingerprint()
+    (image_root / "val" / "ant" / "0.png").write_bytes((image_root / "val" / "bird" / "0.png").read_bytes())
+    assert fingerprint() == before
+    (image_root / "train" / "ant" / "0.png").write_bytes((image_root / "train" / "bird" / "0.png").read_bytes())
+    assert fingerprint() != before
