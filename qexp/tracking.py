@@ -89,6 +89,9 @@ class NoLogger:
     def __init__(self, group: str | None = None) -> None:
         self.group = group
 
+    def check(self) -> None:
+        """Refuse what cannot work before anything runs. Errors: ValueError."""
+
     @contextmanager
     def open(self, info: RunInfo) -> Iterator[Logger]:
         """Yield the logger for the time of one run."""
@@ -151,6 +154,13 @@ class Wandb(NoLogger):
             raise ValueError(f"group={self.group!r}: must be a name")
         if not isinstance(self.tags, list) or not all(isinstance(tag, str) for tag in self.tags):
             raise ValueError(f"tags={self.tags!r}: must be a list of words")
+
+    def check(self) -> None:
+        """Errors: ValueError where this must be online and has no key."""
+        if self.mode == "online":
+            import wandb
+
+            self._online(wandb)
 
     @contextmanager
     def open(self, info: RunInfo) -> Iterator[Logger]:

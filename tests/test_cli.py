@@ -142,6 +142,16 @@ def test_a_result_from_before_does_not_hide_a_failure(qexp, folder, monkeypatch)
     assert "qexp: 2 of 2 runs failed" in err
 
 
+@pytest.mark.parametrize("words", [[], ["-m", "seed=0,1"]], ids=["run", "sweep"])
+def test_a_missing_key_is_refused_before_anything_runs(qexp, folder, monkeypatch, words):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(folder))
+    code, out, err = qexp(*[word for word in FAST if word != "logger=none"], *words, "logger=wandb_online")
+    assert (code, out) == (2, "")
+    assert err == "qexp: logger.mode=online: no W&B key is configured; run `wandb login` or set WANDB_API_KEY\n"
+    assert not list(folder.rglob("wandb"))
+
+
 def test_the_runs_of_a_sweep_are_runs_of_their_own_in_one_group(qexp, folder, monkeypatch):
     opened = []
 
