@@ -113,9 +113,11 @@ class TensorCache:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Held while tensors are looked up or made, so that processes which start together make them once."""
-        place = _unfinished(self.folder)
-        place.mkdir(parents=True, exist_ok=True)
+        """Held while tensors are looked up or made, so that processes which start together make them once.
+
+        Errors: StoreError.
+        """
+        place = writable(_unfinished(self.folder))
         with FileLock(place / f"{self.folder.name}.making"):
             yield
 

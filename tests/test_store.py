@@ -179,3 +179,10 @@ def test_processes_that_start_together_train_once(tmp_path):
     processes = [python(code, tmp_path, f"ready{number}", wait=False) for number in range(3)]
     assert [process.communicate()[1] for process in processes] == [""] * 3
     assert (tmp_path / "trained").read_text() == "x"
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "cache").write_text("in the way")
+    cache = FloatCache(tmp_path / "cache" / "float", {})
+    with pytest.raises(StoreError, match="^paths.outputs: cannot write to .*cache"), cache.lock():
+        pass
