@@ -183,6 +183,6 @@ def test_processes_that_start_together_train_once(tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "cache").write_text("in the way")
-    cache = FloatCache(tmp_path / "cache" / "float", {})
+    cache = TensorCache(tmp_path / "cache" / "float", {}, "train again")
     with pytest.raises(StoreError, match="^paths.outputs: cannot write to .*cache"), cache.lock():
         pass

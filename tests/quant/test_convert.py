@@ -8,21 +8,27 @@ import pytest
 import torch
 from torch import nn
 
-from qexp.quant.search import MSE
+from qexp.quant.calibration import MinMax, MovingAverage, Percentile
 from qexp.quant.convert import (
     calibrating,
     layers,
+    observing,
+    prepare_export_,
     quantize_,
     quantizers,
+    recall_,
     refuse_unquantizable,
     set_mode_,
+    site_shapes,
     unquantized,
 )
+from qexp.quant.entropy import Entropy
 from qexp.quant.granularity import PerChannel
 from qexp.quant.grid import IntegerGrid
 from qexp.quant.layers import QuantConv2d, QuantLinear
 from qexp.quant.quantizer import Mode
 from qexp.quant.recipe import Recipe, Scheme
+from qexp.quant.search import MSE
 
 RECIPE = Recipe(Scheme(IntegerGrid(8), PerChannel(0)))
 
@@ -133,10 +139,18 @@ def test_a_pattern_without_a_match_is_refused(pattern):
         quantize_(small(), Recipe(exclude=("0", pattern)))
 
 
-@pytest.mark.parametrize("field", ["activation", "weight"])
-def test_a_granularity_that_no_layer_computes_with_is_refused(field):
-    with pytest.raises(ValueError, match=f"granularity.{field}"):
-        Recipe(**{field: Scheme(granularity=PerChannel(1))})
+@pytest.mark.parametrize(("field", "tensors"), [("activation", "activations"), ("weight", "weights")])
+def test_a_granularity_that_no_int8_engine_computes_with_is_simulated_and_not_exported(field, tensors):
+    recipe = Recipe(**{field: Scheme(granularity=PerChannel(1))})
+    assert recipe.simulation_only.startswith(f"{tensors} are per_channel(axis=1), whose scales")
+    assert RECIPE.simulation_only is None
+    model = small()
+    quantize_(model, recipe, shapes=site_shapes(model, images()))
+    with calibrating(model), torch.no_grad():
+        model(images())
+    assert torch.allclose(model(images()), small()(images()), atol=0.05)
+    with pytest.raises(ValueError, match=f"^0.{'input' if field == 'activation' else 'weight'}: .*no int8 form"):
+        prepare_export_(model)
 
 
 class Stop(Exception):
@@ -145,7 +159,7 @@ class Stop(Exception):
 
 def snapshot(model):
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    return state, [q.mode for q in quantizers(model)], [int(q.observer.seen) for q in quantizers(model)]
+    return state, [q.mode for q in quantizers(model)], [q.observer for q in quantizers(model)]
 
 
 def assert_is(model, expected):
@@ -222,6 +236,53 @@ def test_calibrating_again_forgets_the_first_data():
     with calibrating(model), torch.no_grad():
         model(images())
     assert_is(model, first)
+
+
+def seen_by(recipe):
+    """What a pass shows to the observers of this recipe, by key."""
+    model = small()
+    quantize_(model, recipe, shapes=site_shapes(model, images()))
+    with calibrating(model), torch.no_grad():
+        model(images())
+        return {key: observer.state() for key, observer in observing(model).items()}
+
+
+def affine(calibration, **options):
+    return Recipe(RECIPE.weight, Scheme(IntegerGrid(8, "affine"), calibration=calibration, **options))
+
+
+@pytest.mark.parametrize("calibration", [MinMax(), Percentile(99.0), MSE(20), Entropy(), MovingAverage(0.01)], ids=str)
+def test_what_was_seen_before_need_not_be_seen_again(calibration):
+    """The pass of one calibration serves another to the bit, and no data pass."""
+    seen = seen_by(RECIPE)
+    expected = calibrated(recipe=affine(calibration))
+    model = small()
+    quantize_(model, affine(calibration))
+    with calibrating(model):
+        recall_(model, seen)
+        assert not observing(model)
+    assert_is(model, snapshot(expected))
+
+
+@pytest.mark.parametrize("other", [affine(MovingAverage(0.3)), affine(MinMax(), granularity=PerChannel(1))])
+def test_what_was_seen_in_another_way_is_seen_again(other):
+    model = small()
+    quantize_(model, other, shapes=site_shapes(model, images()))
+    with pytest.raises(ValueError, match="no calibration data"), calibrating(model):
+        recall_(model, seen_by(RECIPE))
+        assert len(observing(model)) == 3
+    assert not observing(model)
+
+
+def test_sites_that_were_not_seen_look_alone():
+    seen = {key: state for key, state in seen_by(RECIPE).items() if not key.startswith("4.input")}
+    model, expected = small(), calibrated()
+    quantize_(model, RECIPE)
+    with calibrating(model), torch.no_grad():
+        recall_(model, seen)
+        assert [key.partition(":")[0] for key in observing(model)] == ["4.input"]
+        model(images())
+    assert_is(model, snapshot(expected))
 
 
 def test_batches_give_the_ranges_of_their_whole():
