@@ -46,7 +46,8 @@ class Levels(LevelGrid):
             thresholds = _float32(_numbers(where, "threshold", thresholds))
             _require_increasing(where, "thresholds", thresholds)
             if len(thresholds) != len(levels) - 1:
-                raise ValueError(f"{where}: {len(levels)} levels need {len(levels) - 1} thresholds, not {len(thresholds)}")
+                needed = f"{len(levels)} levels need {len(levels) - 1} thresholds"
+                raise ValueError(f"{where}: {needed}, not {len(thresholds)}")
             for threshold, (below, above) in zip(thresholds, itertools.pairwise(levels), strict=True):
                 if not below <= threshold <= above:
                     raise ValueError(f"{where}: the threshold {threshold:g} must lie between {below:g} and {above:g}")
@@ -74,10 +75,12 @@ def _read_levels(file: str) -> tuple[list[str], list[str] | None]:
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it is no text"
         raise ValueError(f"file={file}: cannot be read ({why})") from None
-    rows = [(n, words) for n, line in enumerate(lines, 1) if (words := line.partition("#")[0].replace(",", " ").split())]
+    words_of = [line.partition("#")[0].replace(",", " ").split() for line in lines]
+    rows = [(number, words) for number, words in enumerate(words_of, 1) if words]
     for number, words in rows:
         if len(words) > 2:
-            raise ValueError(f"file={file}: line {number} holds {len(words)} numbers; allowed are a level and a threshold")
+            holds = f"line {number} holds {len(words)} numbers"
+            raise ValueError(f"file={file}: {holds}; allowed are a level and a threshold")
     thresholds = [words[1] for _, words in rows if len(words) == 2]
     return [words[0] for _, words in rows], thresholds or None
 
