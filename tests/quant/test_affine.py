@@ -110,7 +110,9 @@ def test_fake_quantize_equals_torch_per_tensor_in_value_and_gradient(grid, zero_
 
 
 @pytest.mark.parametrize(
-    "grid", [IntegerGrid(8, "affine"), IntegerGrid(8), IntegerGrid(5, "full_range"), IntegerGrid(4, "unsigned")], ids=str
+    "grid",
+    [IntegerGrid(8, "affine"), IntegerGrid(8), IntegerGrid(5, "full_range"), IntegerGrid(4, "unsigned")],
+    ids=str,
 )
 def test_fake_quantize_equals_torch_per_channel_in_value_and_gradient(grid):
     generator = torch.Generator().manual_seed(1)
@@ -148,7 +150,8 @@ def definition(x, scale, zero_point, grid, rounding):
 
 def edge_values(grid, zero_point, scale):
     """One row for each scale: the ends of the range, of the gradient, and the float neighbours of both."""
-    codes = torch.tensor([grid.quant_min - 1, grid.quant_min - 0.5, grid.quant_min, grid.quant_max, grid.quant_max + 0.5])
+    lowest, highest = grid.quant_min, grid.quant_max
+    codes = torch.tensor([lowest - 1, lowest - 0.5, lowest, highest, highest + 0.5])
     points = (codes.double() - zero_point.double()) * scale.double()
     points = [points.float()]
     for side in math.inf, -math.inf:
@@ -231,7 +234,8 @@ def test_other_roundings_equal_the_definition_in_value_and_gradient(grid, roundi
 def test_transposed_and_blocked_tensors_equal_the_definition():
     x, scale = torch.randn(6, 8, 5), torch.rand(1, 8, 1) + 0.1
     for grid, zero_point in (IntegerGrid(4), 0.0), (IntegerGrid(4, "affine"), 5.0):
-        for values, s in (x, scale), (x.transpose(0, 2), scale), (x, torch.tensor(0.3)), (x.transpose(0, 1), scale[:, 0]):
+        one, turned = torch.tensor(0.3), x.transpose(0, 1)
+        for values, s in (x, scale), (x.transpose(0, 2), scale), (x, one), (turned, one), (turned, scale[:, 0]):
             qparams = QParams(s, torch.full_like(s, zero_point))
             x_leaf = values.detach().clone(memory_format=torch.preserve_format).requires_grad_()
             y = fake_quantize(x_leaf, qparams, grid)

@@ -96,7 +96,7 @@ def test_a_granularity_without_a_block_shape_says_so():
         Granularity().block_shape((1,))
 
 
-# granularity -> shape of its blocks for a weight (out, in), one (out, in, kh, kw), activations (N, T, D); written by hand
+# granularity -> its blocks, written by hand, of a weight (out, in), one (out, in, kh, kw), activations (N, T, D)
 OF_WEIGHTS = {
     PerTensor(): ((12, 8), (12, 8, 3, 2), (4, 6, 8)),
     PerChannel(0): ((1, 8), (1, 8, 3, 2), (1, 6, 8)),
@@ -168,7 +168,8 @@ def random_tensor(shape):
 
 GRIDS = [
     IntegerGrid(4), IntegerGrid(4, "affine"), IntegerGrid(8, "full_range"), IntegerGrid(3, "unsigned"),
-    IntegerGrid(4, "restricted", "power_of_two"), Minifloat(2, 1, "none", "e8m0"), Minifloat(4, 3, "fn"), NormalFloat(4),
+    IntegerGrid(4, "restricted", "power_of_two"), Minifloat(2, 1, "none", "e8m0"), Minifloat(4, 3, "fn"),
+    NormalFloat(4),
 ]  # fmt: skip
 
 
@@ -219,7 +220,7 @@ def test_a_sample_alone_is_quantized_as_in_a_batch(grid, granularity, shape):
     assert torch.equal(quantizer(x[[3, 1, 3]]), together[[3, 1, 3]])
 
 
-@pytest.mark.parametrize("grid", [g for g in GRIDS if getattr(g, "scale", "") == "float32" and g.quant_min < 0], ids=str)
+@pytest.mark.parametrize("grid", [g for g in GRIDS if g.scale == "float32" and g.convention != "unsigned"], ids=str)
 def test_per_element_leaves_an_error_of_rounding_alone(grid):
     x = random_tensor((12, 8))
     quantizer = quantizer_of(Scheme(grid, PerElement()), x, is_weight=True)
@@ -250,7 +251,7 @@ def test_columns_and_rows_are_those_of_w_in_y_equals_x_w():
 @pytest.mark.parametrize(
     ("granularity", "shape", "says"),
     [
-        (PerGroup(32), (4, 40), r"per_group\(32\): blocks of 32 do not divide dimension 1 of a tensor of shape \(4, 40\)"),
+        (PerGroup(32), (4, 40), r"per_group\(32\): blocks of 32 do not divide dimension 1 of .* shape \(4, 40\)"),
         (PerGroup(3), (4, 8, 3, 3), r"blocks of 3 do not divide dimension 1 of a tensor of shape \(4, 8, 3, 3\)"),
         (PerGroup(5), (2, 3, 8), r"blocks of 5 do not divide dimension 2 of a tensor of shape \(2, 3, 8\)"),
         (PerBlock(16, 4), (24, 8), r"per_block\(16x4\): blocks of 16 do not divide dimension 0 .* \(24, 8\)"),

@@ -41,7 +41,8 @@ def test_nf4_is_the_published_table():
     # Dettmers et al. 2023, appendix E.
     table = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635]
     table += [-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725]
-    table += [0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
+    table += [0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941]
+    table += [0.7229568362236023, 1.0]
     assert list(NormalFloat(4).unit) == table
 
 
@@ -222,7 +223,7 @@ def test_stored_integers_times_the_step_are_the_values_exactly(grid):
 
 @pytest.mark.parametrize(
     "grid",
-    [NormalFloat(4), KMeans(2), LloydMax(2), Minifloat(4, 3, "fn"), Minifloat(5, 2, "ieee"), PowerOfTwo(5), IntegerGrid(9)],
+    [NormalFloat(4), KMeans(2), LloydMax(2), Minifloat(4, 3), Minifloat(5, 2, "ieee"), PowerOfTwo(5), IntegerGrid(9)],
     ids=str,
 )
 def test_values_that_are_no_small_integers_times_a_step_are_not_stored_as_int8(grid):
@@ -236,7 +237,8 @@ def mse(x, levels):
 def samples(kind, n=1000):
     generator = torch.Generator().manual_seed(11)
     x = torch.randn(n, generator=generator)
-    return {"normal": x, "cubed": x**3, "positive": x.abs(), "two humps": x * 0.1 + x.sign(), "outlier": x + 20 * (x > 3)}[kind]
+    humps, outlier = x * 0.1 + x.sign(), x + 20 * (x > 2.5)
+    return {"normal": x, "cubed": x**3, "positive": x.abs(), "two humps": humps, "outlier": outlier}[kind]
 
 
 @pytest.mark.parametrize("kind", ["normal", "cubed", "positive", "two humps", "outlier"])
@@ -373,7 +375,8 @@ def test_a_wrong_file_is_refused_in_one_sentence_that_names_it(tmp_path, text, s
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x01")
-    for file, why in (tmp_path / "none", "No such file"), (tmp_path, "directory"), (tmp_path / "binary", "it is no text"):
+    for name, why in ("none", "No such file"), ("", "directory"), ("binary", "it is no text"):
+        file = tmp_path / name
         with pytest.raises(ValueError, match=why) as error:
             Levels(file=str(file))
         assert str(error.value).startswith(f"file={file}: cannot be read")

@@ -105,7 +105,8 @@ def test_what_lies_beyond_becomes_the_largest_number(name):
 @EVERY_FORMAT
 def test_the_gradient_passes_up_to_the_largest_number_and_stops_after_it(name):
     grid, _, _, largest, smallest = FORMATS[name]
-    x = torch.tensor([largest, np.nextafter(np.float32(largest), np.float32(np.inf)), smallest / 3, -largest, 2e9, -2e9])
+    beyond = np.nextafter(np.float32(largest), np.float32(np.inf))
+    x = torch.tensor([largest, beyond, smallest / 3, -largest, 2e9, -2e9])
     x.requires_grad_()
     (grid.fake_quantize(x, ONE) * torch.arange(1.0, 7)).sum().backward()
     assert x.grad.tolist() == [1, 0, 3, 4, 0, 0]
@@ -129,7 +130,7 @@ def element(value, magnitudes):
 
 
 def mx_block(block, largest_exponent, magnitudes):
-    """Microscaling Formats v1.0, section 6.3, in fractions: X = 2^(floor(log2 max|v|) - emax), P_i = element(v_i / X)."""
+    """Microscaling Formats v1.0, section 6.3: X = 2^(floor(log2 max|v|) - emax), P_i = element(v_i / X)."""
     block = [Fraction(v) for v in block]
     top = max(map(abs, block))
     if top == 0:

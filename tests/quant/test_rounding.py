@@ -46,7 +46,8 @@ def down_and_up(x):
 
 def awkward():
     """Integers, ties and their float neighbours, and numbers that x + 0.5 would round wrongly."""
-    whole = torch.cat([torch.arange(-40.0, 41), torch.tensor([2.0**22, 2.0**22 + 1, 2.0**23 - 1, 2.0**23, 2.0**23 + 1])])
+    large = torch.tensor([2.0**22, 2.0**22 + 1, 2.0**23 - 1, 2.0**23, 2.0**23 + 1])
+    whole = torch.cat([torch.arange(-40.0, 41), large])
     points = torch.cat([whole, whole + 0.5, torch.tensor([0.49999997, 1e-45, 1e-38, 2.0**24, 2.0**31, 2.0**100])])
     points = torch.cat([points, *down_and_up(points)])
     random = torch.randn(2000, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.linspace(-3, 6, 2000)
@@ -166,8 +167,8 @@ def test_any_list_of_levels_is_searched_exactly(above, below, with_zero):
         assert_takes_the_exact_neighbour(grid, mode, fine=5)
 
 
-@pytest.mark.parametrize("fraction", [0.5, 0.25, 0.1, 0.9, 2.0**-10, 1 - 2.0**-12, 1 / 3])
-@pytest.mark.parametrize("whole", [0, 2, -3, 500])
+@pytest.mark.parametrize("fraction", [0.5, 0.1, 0.9, 2.0**-10, 1 / 3])
+@pytest.mark.parametrize("whole", [0, -3, 500])
 def test_the_expectation_of_a_stochastic_value_is_the_value(fraction, whole):
     x = torch.full((1_000_000,), whole + fraction)
     up = Stochastic(seed=7).at("fc", 3)(x) - math.floor(whole)
@@ -191,7 +192,7 @@ def test_the_probability_depends_on_the_fractional_part_alone(fraction):
 @EVERY_FORMAT
 def test_the_expectation_on_a_format_is_the_value(grid):
     levels, _ = levels_of(grid)
-    n = 100_000
+    n = 30_000
     places = [(0, 0.3), (len(levels) // 2 - 1, 0.75), (len(levels) - 2, 0.1)]
     for i, share in places:
         below, above = levels[i].double(), levels[i + 1].double()

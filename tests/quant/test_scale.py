@@ -1,4 +1,4 @@
-"""Formats of scales: powers of two and FP8 against exact numbers and torch's cast; blocks that are zero or nearly so."""
+"""Formats of scales: powers of two and FP8 against exact numbers and torch's cast; blocks of zeros or nearly so."""
 
 import math
 from fractions import Fraction
@@ -17,7 +17,7 @@ from qexp.quant.scale import SCALE_FORMATS, as_format
 SYMMETRIC = [name for name in CONVENTIONS if name != "affine"]
 GRIDS = [
     *(IntegerGrid(b, name, scale) for b in (2, 4, 8, 16) for name in SYMMETRIC for scale in SCALE_FORMATS),
-    *(Minifloat(*options, scale) for options in ((2, 1, "none"), (4, 3, "fn"), (5, 2, "ieee")) for scale in SCALE_FORMATS),
+    *(Minifloat(*f, scale) for f in ((2, 1, "none"), (4, 3, "fn"), (5, 2, "ieee")) for scale in SCALE_FORMATS),
 ]  # fmt: skip
 # Any float32 from which S is a normal number.
 magnitudes = st.floats(2.0**-100, 2.0**120, width=32)
