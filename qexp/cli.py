@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qexp import __version__
 from qexp.jobs import Job, compose_jobs, composed, conf_dir, explained, is_sweep, start_hydra, swept_of
-from qexp.settings import ConfigError, Settings, build, settings
+from qexp.settings import ConfigError, Settings, build, require_packages, settings
 from qexp.stopping import unwind_on_signals
 from qexp.store import StoreError, digest, read_metrics, run_id, writable
 
@@ -120,6 +120,8 @@ def _main(arguments: list[str]) -> int:
             if parsed.help:
                 _print_verbs()
     jobs = compose_jobs(parsed.overrides, parsed.multirun, parsed.config_dir)
+    for job in jobs:
+        require_packages(job.settings)
     for outputs in dict.fromkeys(job.settings.config["paths"]["outputs"] for job in jobs):
         writable(Path(outputs))
     for section in {str(job.settings.config["logger"]): job.settings.config["logger"] for job in jobs}.values():

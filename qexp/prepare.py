@@ -7,7 +7,6 @@ import hashlib
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from qexp.engines.base import Engine
+from qexp.engines.export import export_float
 from qexp.machine import versions
 from qexp.quant.convert import fold_batchnorm_, refuse_unquantizable, site_shapes
-from qexp.quant.dataflow import Dataflow
+from qexp.quant.dataflow import Dataflow, NotExportable, additions_to_modules
 from qexp.quant.granularity import PerTensor
 from qexp.quant.observers import Observer
+from qexp.quant.recipe import Recipe
 from qexp.quant.sketch import Sketch
 from qexp.report import terminal
 from qexp.settings import ConfigError, Settings, build
@@ -138,19 +139,30 @@ def ready(settings: Settings) -> tuple[pl.LightningDataModule, nn.Module, list[E
     net = network(config, data)
     if settings.method == "ptq":
         calibration_loader(data, settings.seed)
-        names = [name for name, _ in net.named_modules()]
-        # A pattern may also mean an addition, which gets its name when the network is traced.
-        known = tuple(pattern for pattern in recipe.exclude if fnmatch.filter(names, pattern))
         shapes = None
         if recipe.activation.granularity != PerTensor():
             require_logits(net, example_images(data), data.num_classes)
             with evaluating(net):
                 shapes = site_shapes(net, example_images(data))
         try:
-            refuse_unquantizable(net, replace(recipe, exclude=known), shapes)
+            refuse_unquantizable(_with_additions(net, data, recipe), recipe, shapes)
         except ValueError as error:
             raise ConfigError(blamed(error)) from None
     return data, net, engines
+
+
+def _with_additions(net: nn.Module, data: pl.LightningDataModule, recipe: Recipe) -> nn.Module:
+    """The network itself or, where a pattern of `exclude` may mean one, with its functional additions as modules."""
+    names = [name for name, _ in net.named_modules()]
+    if all(fnmatch.filter(names, pattern) for pattern in recipe.exclude):
+        return net
+    images = example_images(data)
+    require_logits(net, images, data.num_classes)
+    with evaluating(net):
+        try:
+            return additions_to_modules(net, Dataflow(net, images))[0]
+        except NotExportable as error:
+            raise ConfigError(f"model: {error}") from None
 
 
 def blamed(error: ValueError) -> str:
@@ -215,6 +227,12 @@ def sketch_cache(float_network: TensorCache, settings: Settings) -> TensorCache:
     return TensorCache(float_network.root.parent / "sketch", determined_by, "calibrate again")
 
 
+def graph_cache(float_network: TensorCache) -> TensorCache:
+    """The place of the float network's ONNX form."""
+    determined_by = {"float network": float_network.determined_by, "sources": _source_hashes(export_float, Dataflow)}
+    return TensorCache(float_network.root.parent / "onnx", determined_by, "export again")
+
+
 def _source_hashes(*things: Any) -> list[str]:
     """Hash of each file that defines one of these functions, or one of these classes and its bases."""
     files = set()
@@ -239,10 +257,11 @@ def train_(net: nn.Module, settings: Settings, data: pl.LightningDataModule, cac
             _require_finite(dict(net.named_parameters()))
             pl.seed_everything(settings.seed, workers=True, verbose=False)
             task = Float32Task(net, data.num_classes, section["lr"], section["weight_decay"])
-            with terminal.stage(f"training the float network, {section['epochs']} epochs") as update:
+            epochs = f"{section['epochs']} epoch{'s' * (section['epochs'] > 1)}"
+            with terminal.stage(f"training the float network, {epochs}") as update:
                 trainer(settings.config, update, fit=True, logger=logger).fit(task, data.train_dataloader())
             state = {name: tensor.detach().cpu() for name, tensor in net.state_dict().items()}
-            _require_finite(state)
+            _require_finite(_learned(net))
             cache.save(state)
         else:
             terminal.console.print("[dim]       -[/dim]  float network from the cache")
@@ -251,7 +270,13 @@ def train_(net: nn.Module, settings: Settings, data: pl.LightningDataModule, cac
     except RuntimeError:
         raise StoreError(f"float cache {cache.folder}: holds another network; delete it to train again") from None
     net.cpu().eval()
-    _require_finite(state)
+    _require_finite(_learned(net))
+
+
+def _learned(net: nn.Module) -> dict[str, Tensor]:
+    """Parameters and running statistics; other buffers, such as a mask, may hold what they like."""
+    running = {name: buffer for name, buffer in net.named_buffers() if "running_" in name}
+    return dict(net.named_parameters()) | running
 
 
 def _require_finite(state: dict[str, Tensor]) -> None:

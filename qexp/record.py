@@ -15,6 +15,7 @@ from qexp.machine import commit, processor, versions
 from qexp.metrics.footprint import site_bits
 from qexp.metrics.sqnr import QuantizationNoise
 from qexp.quant.convert import layers
+from qexp.quant.dataflow import Dataflow
 from qexp.quant.quantizer import Mode, Quantizer
 from qexp.store import write_json
 
@@ -52,9 +53,9 @@ def layer_rows(
     return rows
 
 
-def deployment_metrics(deployment: Deployment, model: nn.Module) -> dict[str, Any]:
+def deployment_metrics(deployment: Deployment, flow: Dataflow) -> dict[str, Any]:
     """Certificate and coverage of one engine."""
-    islands = deployment.islands(model)
+    islands = deployment.islands(flow)
     return {
         **deployment.certificate.metrics(),
         "int8/mac_coverage": deployment.mac_coverage,

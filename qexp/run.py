@@ -82,6 +82,7 @@ def run(settings: Settings) -> Run:
     start = time.perf_counter()
     config, identity = settings.config, run_id(settings.config)
     outputs = writable(Path(config["paths"]["outputs"]))
+    writable(outputs / "runs")
     told = {**config, "machine": record.environment()}
     info = RunInfo(identity, settings.label, settings.method, told, outputs)
     with build(config["logger"], "logger").open(info) as logger:
@@ -125,10 +126,20 @@ def _float_network(settings: Settings, outputs: Path, logger: Any) -> Run:
     if engines:
         with terminal.stage("exporting the float network to ONNX"):
             try:
-                job.graphs["fp32"] = export_float(flow)
+                job.graphs["fp32"] = _float_graph(flow, prepare.graph_cache(cache))
             except NotExportable as error:
                 job.refused(str(error))
     return job
+
+
+def _float_graph(flow: Dataflow, cache: TensorCache) -> onnx.ModelProto:
+    """The float network as ONNX, which its weights decide: written once. Errors: NotExportable."""
+    with cache.lock():
+        state = cache.load()
+        if state is None:
+            state = {"graph": torch.frombuffer(bytearray(export_float(flow).SerializeToString()), dtype=torch.uint8)}
+            cache.save(state)
+    return onnx.ModelProto.FromString(state["graph"].numpy().tobytes())
 
 
 def _trace(net: nn.Module, example: Tensor) -> Dataflow:
@@ -162,7 +173,8 @@ def _quantize(job: Run) -> None:
     _calibrate(job, model)
     job.metrics["time/calibrate_s"] = time.perf_counter() - start
     products = [(name, "product", "written as a function") for name in job.flow.functional_products()]
-    job.quantized, job.in_float = model, unquantized(model, recipe) + products
+    sums = [(name, "addition", "written as a function") for name in job.flow.functional_additions()]
+    job.quantized, job.in_float = model, unquantized(model, recipe) + products + sums
     job.metrics |= footprint(model).metrics()
 
 
@@ -239,7 +251,7 @@ def _deploy(job: Run, engine: Engine, graph: onnx.ModelProto) -> tuple[dict[str,
         deployment = deploy(engine, graph, simulation, job.flow, threads)
         batches = _counted(job.data.test_dataloader(), update)
         logits = certify_deployment(deployment, batches, threads)
-        figures |= record.deployment_metrics(deployment, job.net)
+        figures |= record.deployment_metrics(deployment, job.flow)
         figures["acc/drop"] = job.metrics["acc/fp32"] - figures["acc/engine"]
         figures["agree/argmax"] = _agreement(torch.from_numpy(logits), job.reference)
         figures["int8/saturates"] = saturates(engine)

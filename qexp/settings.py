@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from hydra.errors import InstantiationException
@@ -11,6 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from qexp.data.options import require_folder, require_share, require_whole
 from qexp.quant.calibration import Calibration
 from qexp.quant.granularity import Granularity
 from qexp.quant.grid import Grid, IntegerGrid
@@ -80,6 +83,16 @@ NUMBERS: dict[str, tuple[type, float, bool]] = {
     "trainer.weight_decay": (float, 0, True),
     "trainer.threads": (int, 1, True),
 }
+# group -> whole-number option of qexp's own classes -> smallest allowed value
+OWN_OPTIONS = {
+    "data": {"batch_size": 2, "calibration_size": 1, "image_size": 1, "num_workers": 0, "seed": 0},
+    "model": {"width": 1},
+}
+# what stands below data.root
+FOLDERS = {
+    "qexp.data.CIFAR10": "the CIFAR-10 folder cifar-10-batches-bin or cifar-10-batches-py",
+    "qexp.data.ImageFolder": "the folders train and val",
+}
 # key -> largest allowed value; numpy's for the seed
 MOST = {"seed": 2**32 - 1, "engine.threads": 1024, "trainer.threads": 1024}
 
@@ -103,6 +116,7 @@ def settings(config: DictConfig) -> Settings:
         if _lookup(plain, key) > most:
             raise ConfigError(f"{key}={_lookup(plain, key)}: must be at most {most}")
     _check_targets(plain)
+    _check_own_options(plain)
     recipe = _recipe(plain)
     _refuse_formats_that_no_engine_runs(plain, recipe)
     return Settings(plain, plain["method"]["name"], recipe, plain["seed"])
@@ -152,6 +166,36 @@ def _check_targets(plain: dict[str, Any]) -> None:
     for name, section in engines.items():
         _check_target(section, f"engine.engines.{name}")
     build(plain["logger"], "logger")
+
+
+def _check_own_options(plain: dict[str, Any]) -> None:
+    """Options of qexp's own data and models, which would check them after importing torch."""
+    for group, options in OWN_OPTIONS.items():
+        section = plain[group]
+        for name, least in options.items() if section["_target_"].startswith("qexp.") else ():
+            if name in section:
+                _own(require_whole, name, section[name], least, group)
+    data = plain["data"]
+    if data["_target_"] == "qexp.data.Digits" and "train_share" in data:
+        _own(require_share, "train_share", data["train_share"])
+    if data["_target_"] in FOLDERS and "root" in data:
+        _own(require_folder, data["root"], FOLDERS[data["_target_"]])
+
+
+def require_packages(chosen: Settings) -> None:
+    """Refuse a target in a package that is not there, which costs no import. Errors: ConfigError."""
+    for group in "model", "data":
+        target = chosen.config[group]["_target_"]
+        package = target.split(".")[0]
+        if find_spec(package) is None:
+            raise ConfigError(f"{group}._target_={target}: cannot be imported (No module named {package!r})")
+
+
+def _own(check: Callable[..., object], *arguments: Any) -> None:
+    try:
+        check(*arguments)
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from None
 
 
 def _recipe(plain: dict[str, Any]) -> Recipe:

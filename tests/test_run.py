@@ -117,13 +117,13 @@ def test_the_same_config_gives_the_same_result_to_the_bit(usual, tmp_path):
 @pytest.fixture
 def trainings(monkeypatch) -> list[bool]:
     """One entry for each training from now on."""
-    real, found = prepare.FloatCache.save, []
+    real, found = prepare.TensorCache.save, []
 
     def save(*arguments):
         found.append(True)
         real(*arguments)
 
-    monkeypatch.setattr(prepare.FloatCache, "save", save)
+    monkeypatch.setattr(prepare.TensorCache, "save", save)
     return found
 
 

@@ -79,6 +79,12 @@ REFUSED = {
     "data=custom": "data._target_: a value must be given",
     "data=cifar10": "data.root: a value must be given",
     "data=image_folder": "data.root: a value must be given",
+    "data=image_folder data.root=/nope": "data.root=/nope: no such folder; expected the folders train and val",
+    "data.calibration_size=0": "data.calibration_size=0: must be a whole number of at least 1",
+    "data.train_share=1": "data.train_share=1: must be between 0.01 and 0.99",
+    "model.width=0": "model.width=0: must be a whole number of at least 1",
+    "quantizer.weight.convention=[a]": "quantizer.weight.convention=['a']: allowed are affine",
+    "quantizer.weight.bits=true": "quantizer.weight.bits=True: allowed are the integers 2 to 16",
     "engine=none experiment=null": "experiment=null: no such option; allowed are granularity_w4, wu2020/table5",
     "experiment=wu2020/table6": "experiment=wu2020/table6: no such option; allowed are granularity_w4, wu2020/table5",
     "engine.threads=2000": "engine.threads=2000: must be at most 1024",
@@ -176,10 +182,18 @@ def test_a_format_may_choose_the_granularity_that_it_is_made_of_and_the_user_ano
     assert str(job.settings.recipe.weight.granularity) == "per_channel"
 
 
-def test_a_refusal_needs_no_torch(tmp_path):
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ("quantizer.weight.bits=17", "quantizer.weight.bits=17: allowed are the integers 2 to 16"),
+        ("data.calibration_size=0", "data.calibration_size=0: must be a whole number of at least 1"),
+        ("model._target_=nope.Net", "model._target_=nope.Net: cannot be imported (No module named 'nope')"),
+    ],
+)
+def test_a_refusal_needs_no_torch(tmp_path, asked, sentence):
     code = (
         "import sys; from qexp.cli import main\n"
-        "try: main(['quantizer.weight.bits=17'])\n"
+        f"try: main(['{asked}'])\n"
         "except SystemExit as end: assert end.code == 2, end.code\n"
         "heavy = {'torch', 'pytorch_lightning', 'wandb', 'onnx'} & set(sys.modules)\n"
         "assert not heavy, heavy"
@@ -187,4 +201,4 @@ def test_a_refusal_needs_no_torch(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines() == ["qexp: quantizer.weight.bits=17: allowed are the integers 2 to 16"]
+    assert done.stderr.splitlines() == [f"qexp: {sentence}"]

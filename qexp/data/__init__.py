@@ -1,7 +1,16 @@
-"""Data modules: one interface for training, calibration and test images."""
+"""Data modules: each gives seeded loaders of (images, labels). Importing the package alone needs no torch."""
 
-from qexp.data.cifar10 import CIFAR10
-from qexp.data.digits import Digits
-from qexp.data.image_folder import ImageFolder
+from __future__ import annotations
 
-__all__ = ["CIFAR10", "Digits", "ImageFolder"]
+from importlib import import_module
+from typing import Any
+
+_MODULES = {"CIFAR10": "cifar10", "Digits": "digits", "ImageFolder": "image_folder"}
+
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

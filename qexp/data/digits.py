@@ -3,6 +3,7 @@
 import torch
 
 from qexp.data.base import DataModule, Samples
+from qexp.data.options import require_share
 
 
 class Digits(DataModule):
@@ -27,9 +28,7 @@ class Digits(DataModule):
         seed: int = 0,
     ):
         super().__init__(batch_size, calibration_size, seed)
-        if not (isinstance(train_share, float) and 0.01 <= train_share <= 0.99):
-            raise ValueError(f"data.train_share={train_share!r}: must be between 0.01 and 0.99")
-        self.train_share = train_share
+        self.train_share = require_share("train_share", train_share)
 
     def load(self) -> tuple[Samples, Samples]:
         """Read, split and normalise the images."""

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 
-def require_whole(name: str, value: int, minimum: int) -> int:
+def require_whole(name: str, value: int, minimum: int, group: str = "data") -> int:
     """Return `value`, or raise `ValueError` unless it is a whole number of at least `minimum`.
 
     >>> require_whole("batch_size", 0, minimum=2)
@@ -11,7 +11,19 @@ def require_whole(name: str, value: int, minimum: int) -> int:
     ValueError: data.batch_size=0: must be a whole number of at least 2
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"data.{name}={value!r}: must be a whole number of at least {minimum}")
+        raise ValueError(f"{group}.{name}={value!r}: must be a whole number of at least {minimum}")
+    return value
+
+
+def require_share(name: str, value: float) -> float:
+    """Return `value`, or raise `ValueError` unless it is a share that leaves something on both sides.
+
+    >>> require_share("train_share", 1.0)
+    Traceback (most recent call last):
+    ValueError: data.train_share=1.0: must be between 0.01 and 0.99
+    """
+    if not (isinstance(value, float) and 0.01 <= value <= 0.99):
+        raise ValueError(f"data.{name}={value!r}: must be between 0.01 and 0.99")
     return value
 
 

@@ -44,10 +44,10 @@ class Deployment:
         total = sum(self.macs.values())
         return sum(n for layer, n in self.macs.items() if self.runs_int8(layer)) / total if total else 0.0
 
-    def islands(self, model: nn.Module) -> list[str]:
+    def islands(self, flow: Dataflow) -> list[str]:
         """Layers with products or residual sums that the engine runs in float."""
-        sums = [name for name, module in model.named_modules() if isinstance(module, Add)]
-        return [layer for layer in (*self.macs, *sums) if not self.runs_int8(layer)]
+        sums = [name for name, module in flow.modules.items() if isinstance(module, Add)]
+        return [layer for layer in (*self.macs, *sums) if not self.runs_int8(layer)] + flow.functional_additions()
 
 
 def simulation_for(engine: Engine, model: nn.Module, flow: Dataflow) -> nn.Module:

@@ -159,6 +159,8 @@ def refuse_unquantizable(model: nn.Module, recipe: Recipe, shapes: Shapes | None
 
     found = list(targets(model, recipe))
     if not any(hasattr(module, "weight") for _, module in found):
+        if recipe.exclude:
+            raise ValueError(f"exclude={list(recipe.exclude)}: leaves no layer of {type(model).__name__} to quantize")
         raise ValueError(f"{type(model).__name__} has no layer to quantize; known are {', '.join(KINDS.values())}")
     for name, module in found:
         if hasattr(module, "weight"):

@@ -17,11 +17,23 @@ from qexp.quant.layers import Add
 
 aten = torch.ops.aten
 CONVOLUTIONS = (aten.conv2d.default, aten.conv2d.padding)
+OTHER_CONVOLUTIONS = {
+    aten.conv1d.default: "conv1d", aten.conv1d.padding: "conv1d",
+    aten.conv3d.default: "conv3d", aten.conv3d.padding: "conv3d",
+}
+TRANSPOSED = {
+    aten.conv_transpose1d.default: "conv_transpose1d", aten.conv_transpose2d.input: "conv_transpose2d",
+    aten.conv_transpose3d.input: "conv_transpose3d",
+}  # fmt: skip
+LAYERS = (
+    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
 BATCHNORMS = (aten.batch_norm.default,)
 ADDITIONS = (aten.add.Tensor, aten.add_.Tensor)
 PRODUCTS = {
     **dict.fromkeys(CONVOLUTIONS, "conv2d"), aten.linear.default: "linear", aten.matmul.default: "matmul",
     aten.bmm.default: "bmm", aten.scaled_dot_product_attention.default: "scaled_dot_product_attention",
+    **OTHER_CONVOLUTIONS, **TRANSPOSED,
 }  # fmt: skip
 # Operators that an engine fuses into the layer before them, drops at inference, or runs on codes.
 TRANSPARENT = (
@@ -145,7 +157,7 @@ class Dataflow:
         for node in self.nodes:
             if node.target in PRODUCTS:
                 name = self.layer(node)
-                if type(self.modules.get(name)) not in (nn.Conv2d, nn.Linear):
+                if not isinstance(self.modules.get(name), LAYERS):
                     name = f"{name}.{PRODUCTS[node.target]}".lstrip(".")
                 counts[name] = counts.get(name, 0) + _macs(node)
         return counts
@@ -157,8 +169,10 @@ def _macs(node: fx.Node) -> int:
     if node.target is aten.scaled_dot_product_attention.default:
         tokens, keys, inner = first[-2], second[-2], first[-1] + node.args[2].meta["val"].shape[-1]
         return math.prod(int(n) for n in (*first[1:-2], tokens, keys, inner))
+    if node.target in TRANSPOSED:  # each input element goes into every position of the kernel
+        return math.prod(int(n) for n in (*first[1:], *second[1:]))
     outputs = math.prod(int(n) for n in node.meta["val"].shape[1:])
-    by_weight = node.target in (*CONVOLUTIONS, aten.linear.default)
+    by_weight = node.target in (*CONVOLUTIONS, *OTHER_CONVOLUTIONS, aten.linear.default)
     return outputs * math.prod(int(n) for n in (second[1:] if by_weight else first[-1:]))
 
 

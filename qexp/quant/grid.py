@@ -125,12 +125,12 @@ class IntegerGrid(Grid):
     scale: str = "float32"
 
     def __post_init__(self) -> None:
-        if self.convention not in CONVENTIONS:
+        if not isinstance(self.convention, str) or self.convention not in CONVENTIONS:
             raise ValueError(f"convention={self.convention!r}: allowed are {', '.join(CONVENTIONS)}")
         least = 1 if self.convention in ("affine", "unsigned") else 2
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not least <= self.bits <= 16:
             why = ""
-            if self.bits == 1:
+            if self.bits == 1 and self.bits is not True:
                 why = ", because one symmetric bit has no level besides zero (restricted divides by 2^0 - 1 = 0)"
             raise ValueError(f"bits={self.bits!r}: allowed are the integers {least} to 16{why}")
         allowed = tuple(SCALE_FORMATS) if self.symmetric else ("float32", "power_of_two")

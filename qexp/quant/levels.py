@@ -112,7 +112,7 @@ class LevelGrid(Grid):
             # 0 / 0 is between equal levels, which a codebook of constant data has.
             index = rounding(lower + ((u - below) / (above - below)).clamp_(0, 1).nan_to_num_())
         else:
-            index = torch.bucketize(u, self._thresholds(rounding, qparams).to(u.device))
+            index = torch.bucketize(u, self.thresholds(rounding, qparams).to(u.device))
         return index.to(torch.float32).sub_(self.zero_index)
 
     def decode(self, codes: Tensor, qparams: QParams) -> Tensor:
@@ -141,7 +141,8 @@ class LevelGrid(Grid):
     def _levels(self, qparams: QParams) -> Tensor:
         return unit_levels(self) if qparams.levels is None else qparams.levels
 
-    def _thresholds(self, rounding: Rounding, qparams: QParams) -> Tensor:
+    def thresholds(self, rounding: Rounding, qparams: QParams) -> Tensor:
+        """Delta_i for S = 1: x / S becomes level i + 1 or a higher one exactly where it is larger than Delta_i."""
         if qparams.levels is None:
             return unit_thresholds(self, rounding)
         return _thresholds(qparams.levels, None, rounding, self.zero_index)

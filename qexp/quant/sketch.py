@@ -153,7 +153,7 @@ class Sketch(nn.Module):
         # What is left in a cell that a tail divides lies on the tail's inner side.
         inner = self.tails.amin(2)
         bounds = self.lo.maximum(-inner[0]), self.hi.minimum(inner[1])
-        centres = self._centres()[filled].float().clamp(bounds[0][:, None], bounds[1][:, None])  # (G, cells)
+        centres = self._centres(filled).float().clamp(bounds[0][:, None], bounds[1][:, None])  # (G, cells)
         points = torch.cat([centres, tails, tails.new_zeros(len(tails), 1)], 1)
         weights = torch.cat([rest[:, filled].double(), exact, self.zeros[:, None].double()], 1)
         points, order = points.sort(dim=1, stable=True)
@@ -168,15 +168,15 @@ class Sketch(nn.Module):
         counts[:, self.side] -= (tails == 0).sum(1)
         return counts
 
-    def _centres(self) -> Tensor:
-        """The middle of each cell, float64."""
-        steps = torch.arange(self.side - 1, dtype=torch.float64)
-        octave, place = steps.div(2**self.fraction, rounding_mode="floor"), steps.remainder(2**self.fraction)
-        scale = torch.ldexp(torch.ones_like(octave), octave + int(self.exponent) - self.octaves)
-        centres = (1 + (place + 0.5) / 2**self.fraction) * scale
-        smallest = centres.new_tensor([2.0 ** (int(self.exponent) - self.octaves - 1)])
-        side = torch.cat([smallest, centres])
-        return torch.cat([-side.flip(0), side])
+    def _centres(self, cells: Tensor) -> Tensor:
+        """The middle of each of these cells, float64."""
+        place = torch.where(cells >= self.side, cells - self.side, self.side - 1 - cells)  # 0: the smallest one
+        step = (place - 1).clamp(min=0).double()
+        fraction = 1 + (step.remainder(2**self.fraction) + 0.5) / 2**self.fraction
+        octave = step.div(2**self.fraction, rounding_mode="floor") + int(self.exponent) - self.octaves
+        smallest = step.new_full((), 2.0 ** (int(self.exponent) - self.octaves - 1))
+        centres = torch.where(place > 0, torch.ldexp(fraction, octave), smallest)
+        return torch.where(cells >= self.side, centres, -centres)
 
 
 def _largest(rows: Tensor, sign: int, count: int, kept: Tensor) -> Tensor:

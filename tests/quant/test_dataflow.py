@@ -46,6 +46,26 @@ def test_multiply_accumulates_are_those_of_one_sample(batch):
     assert flow_of(grouped, batch, 4, 5, 5).macs() == {"0": 5 * 5 * 6 * 2 * 3 * 2}
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv1d(4, 6, 3, groups=2), (4, 9)),
+        (nn.Conv3d(2, 3, 3, stride=2), (2, 5, 7, 5)),
+        (nn.ConvTranspose1d(4, 6, 3, stride=2, groups=2), (4, 9)),
+        (nn.ConvTranspose2d(3, 5, (3, 2), stride=2), (3, 4, 5)),
+        (nn.ConvTranspose3d(2, 3, 2), (2, 3, 4, 3)),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_multiply_accumulates_of_other_convolutions_are_those_of_their_ones(layer, shape):
+    # With ones in place of all numbers and no bias, the sum of the outputs is the number of products.
+    counted = flow_of(nn.Sequential(layer), 2, *shape).macs()["0"]
+    layer.bias = None
+    with torch.no_grad():
+        layer.weight.fill_(1)
+        assert counted == int(layer(torch.ones(1, *shape)).sum())
+
+
 def test_a_layer_that_runs_twice_counts_twice():
     conv = nn.Conv2d(1, 1, 1)
     assert sum(flow_of(nn.Sequential(conv, nn.ReLU(), conv), 2, 1, 3, 3).macs().values()) == 18
