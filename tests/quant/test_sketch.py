@@ -276,12 +276,15 @@ TENSORS = {
 
 
 @pytest.mark.parametrize("name", TENSORS)
-@pytest.mark.parametrize("above", [0.0, 0.4, 2.5])
-def test_the_largest_values_of_a_large_tensor_are_those_of_topk(name, above):
-    values = TENSORS[name][None]
-    found = _largest(values, 2048, torch.tensor([above]))[0]
-    found, expected = (v[v > above].sort(descending=True).values[:2048] for v in (found, values[0]))
-    assert torch.equal(found, expected)
+@pytest.mark.parametrize("kept", [0.0, 0.4, 2.5])
+def test_the_largest_values_of_a_tensor_are_those_of_topk(name, kept):
+    """Of what exceeds the values that are kept already; for tensors of all sizes, pieces of 128 and what is left."""
+    for size in LARGE, 128 * 2048 - 1, 5000, 128, 100, 1:
+        values = TENSORS[name][-size:]
+        for sign in 1, -1:
+            found = _largest(values[None], sign, 2048, torch.tensor([kept]))[0]
+            found, expected = (v[v > kept].sort(descending=True).values[:2048] for v in (found, values * sign))
+            assert torch.equal(found, expected), (size, sign)
 
 
 @pytest.mark.parametrize("name", TENSORS)
