@@ -113,7 +113,11 @@ def _arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--bits", type=_numbers, default=list(range(2, 9)), help="of integers, such as 2-8 or 4,8")
     parser.add_argument("--only", type=lambda text: text.split(","), help="packages, such as torch,onnxruntime")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table between the markers of this page")
-    return parser.parse_args(words)
+    options = parser.parse_args(words)
+    known = dict.fromkeys(tool.package for tool in all_tools())
+    if wrong := set(options.only or ()) - set(known):
+        parser.error(f"--only {','.join(sorted(wrong))}: allowed are {', '.join(known)}")
+    return options
 
 
 def progress(cells: Iterator[Cell], start: float) -> list[Cell]:

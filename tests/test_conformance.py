@@ -102,6 +102,12 @@ def test_rational_arithmetic_judges_ties(command):
     assert [answers(grid, below, third, 0.0, rounded)["codes"] for rounded in (True, False)] == [2.0, 1.0]
 
 
+def test_an_unknown_package_is_an_error(command, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--only", "trch"])
+    assert "--only trch: allowed are torch, onnxruntime, openvino" in capsys.readouterr().err
+
+
 def test_infinity_and_nan_are_refused(command):
     command.refuses_what_is_not_finite()
 

@@ -130,6 +130,8 @@ def compare(tool: Tool, case: Case, mine: Answers, sample: int) -> dict[str, Tal
         other = with_codes(case, raw)
         tallies = {}
         for aspect in tool.aspects:
+            if aspect not in other:
+                continue
             differ = ~_equal(mine[aspect], other[aspect])
             if aspect == "values" and "codes" in tool.aspects:
                 differ &= _equal(mine["codes"], other["codes"])

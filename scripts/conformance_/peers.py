@@ -57,16 +57,15 @@ def _brevitas(signed: bool, narrow: bool) -> tuple:
 
 
 def quantize_brevitas(case: Case) -> Answers:
-    """IntQuant; but for affine ones, with the scale that IntScaling gives."""
+    """IntQuant with the divisor of IntScaling, and S at least 2^-126 as in qexp; affine S and Z are qexp's."""
     grid, bits = case.grid, torch.tensor(float(case.grid.bits))
     quantizer, scaling = _brevitas(grid.quant_min < 0, grid.convention == "restricted")
-    scale = torch.from_numpy(case.scale)
+    scale, zero, found = torch.from_numpy(case.scale), torch.from_numpy(case.zero), {}
     if grid.symmetric:
         scale = (torch.from_numpy(case.amax) / scaling(bits)).clamp(min=2.0**-126)
-    zero = torch.from_numpy(case.zero)
-    codes = quantizer.to_int(scale, zero, bits, case.tensor)
-    values = quantizer(scale, zero, bits, case.tensor)
-    return {"codes": codes.numpy(), "values": values.numpy(), "scale": scale.numpy()}
+        found["scale"] = scale.numpy()
+    found["codes"] = quantizer.to_int(scale, zero, bits, case.tensor).numpy()
+    return found | {"values": quantizer(scale, zero, bits, case.tensor).numpy()}
 
 
 def brevitas_formula(case: Case) -> Answers:
@@ -193,8 +192,8 @@ def tools() -> list[Tool]:
     return [
         Tool("torchao quantize_affine", "torchao", "`clamp(rint(x * (1/S)) + Z)`", quantize_torchao, torchao_formula,
              (reciprocal("codes"), denormal_reciprocal("codes")), aspects, _torchao_refuses),
-        Tool("brevitas IntQuant", "brevitas", "`clamp(rint(x / S + Z))`", quantize_brevitas, brevitas_formula,
-             BREVITAS_REASONS, aspects, _only(("affine", "restricted", "pow2_divisor", "unsigned"), by_code)),
+        Tool("brevitas IntQuant", "brevitas", "`clamp(rint(x / S + Z))`; an affine S is taken from qexp",
+             quantize_brevitas, brevitas_formula, BREVITAS_REASONS, aspects, _only(("affine", "restricted", "pow2_divisor", "unsigned"), by_code)),
         Tool("modelopt fake_tensor_quant", "modelopt",
              "`clamp(rint(x * t)) / t` with t = quant_max / max|x|; unsigned with negative inputs set to 0, which it"
              " refuses", quantize_modelopt, modelopt_formula, MODELOPT_REASONS, ("codes", "values"),
