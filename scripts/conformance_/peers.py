@@ -193,7 +193,8 @@ def tools() -> list[Tool]:
         Tool("torchao quantize_affine", "torchao", "`clamp(rint(x * (1/S)) + Z)`", quantize_torchao, torchao_formula,
              (reciprocal("codes"), denormal_reciprocal("codes")), aspects, _torchao_refuses),
         Tool("brevitas IntQuant", "brevitas", "`clamp(rint(x / S + Z))`; an affine S is taken from qexp",
-             quantize_brevitas, brevitas_formula, BREVITAS_REASONS, aspects, _only(("affine", "restricted", "pow2_divisor", "unsigned"), by_code)),
+             quantize_brevitas, brevitas_formula, BREVITAS_REASONS, aspects,
+             _only(("affine", "restricted", "pow2_divisor", "unsigned"), by_code)),
         Tool("modelopt fake_tensor_quant", "modelopt",
              "`clamp(rint(x * t)) / t` with t = quant_max / max|x|; unsigned with negative inputs set to 0, which it"
              " refuses", quantize_modelopt, modelopt_formula, MODELOPT_REASONS, ("codes", "values"),
