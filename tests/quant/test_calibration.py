@@ -162,7 +162,7 @@ def test_mse_clips_outliers_at_few_bits_and_nothing_of_a_uniform_tensor():
 
 
 @OUTLIERS
-@pytest.mark.parametrize("grid", [AFFINE, SYMMETRIC, IntegerGrid(4, "affine"), IntegerGrid(2), Minifloat(2, 1, "none")], ids=str)
+@pytest.mark.parametrize("grid", [AFFINE, SYMMETRIC, IntegerGrid(4, "affine"), Minifloat(2, 1, "none")], ids=str)
 def test_mse_of_a_stream_with_outliers_is_that_of_the_tensor(draw, grid):
     x = draw()
 
@@ -318,7 +318,7 @@ def test_moving_averages_of_channels_are_each_its_own():
         torchs = MovingAverageMinMaxObserver(averaging_constant=0.3)
         for batch in batches():
             torchs(batch[:, c])
-        assert (lo[c], hi[c]) == (pytest.approx(torchs.min_val.item(), rel=1e-4), pytest.approx(torchs.max_val.item(), rel=1e-4))
+        assert (lo[c].item(), hi[c].item()) == pytest.approx((torchs.min_val.item(), torchs.max_val.item()), rel=1e-4)
 
 
 def test_the_moving_average_of_a_tensor_at_hand_is_its_extrema():

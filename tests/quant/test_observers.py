@@ -115,7 +115,8 @@ def test_a_state_of_another_kind_is_refused_and_changes_nothing(kind, other, wid
 def test_the_key_tells_whatever_makes_a_pass_see_something_else():
     different = [
         Observer(), Observer(constant=0.3), Observer(constant=0.3 + 1e-9), Observer(constant=0.01 + 1e-9),
-        Observer(row_length=5), Observer(row_length=4), Observer(PerChannel(1), (1, 5)), Observer(PerChannel(2), (1, 5, 5)),
+        Observer(row_length=5), Observer(row_length=4), Observer(PerChannel(1), (1, 5)),
+        Observer(PerChannel(2), (1, 5, 5)),
     ]  # fmt: skip
     assert len({observer.key for observer in different}) == len(different)
     assert Observer().key == Observer(PerTensor(), (3, 4), 0.01, 0).key
@@ -191,6 +192,9 @@ def test_a_sample_is_bounded_and_holds_rows_that_were_seen():
     assert sum(buffer.numel() for buffer in sample.buffers()) == 100 * 6
     few = x[1:7]
     assert rows_of(sampled(few.split(2)).rows()) == rows_of(few)
+    part = sampled([few[:2]])
+    part.merge(sampled([few[2:]]))
+    assert rows_of(part.rows()) == rows_of(few)
     sample.reset()
     assert sample.rows().shape == (0, 5)
 

@@ -65,7 +65,8 @@ def quantized(x, lo, hi, grid):
     if not isinstance(grid, IntegerGrid):
         levels = np.array(grid.unit, np.float32)
         top, bottom = levels[-1], -levels[0]
-        scale = max(hi * np.float32(max(top, bottom) / top), -lo * np.float32(max(top, bottom) / bottom)) / max(top, bottom)
+        largest = max(top, bottom)
+        scale = max(hi * np.float32(largest / top), -lo * np.float32(largest / bottom)) / largest
         middles = (levels[1:].astype(np.float64) + levels[:-1]) / 2
         return (levels[np.searchsorted(middles, x / scale)] * scale).astype(np.float64), float(scale)
     codes = grid.quant_min, grid.quant_max
@@ -112,7 +113,7 @@ def test_half_quadratic_is_its_equations_in_numpy(draw, grid):
     assert lp_error(x, *found, grid) == pytest.approx(least, rel=1e-3)
 
 
-@pytest.mark.parametrize("options", [(0.5, 10.0, 1.01, 20), (0.9, 3.0, 1.1, 7), (1.0, 1.0, 1.0, 5), (0.7, 10.0, 1.01, 1)])
+@pytest.mark.parametrize("options", [(0.5, 10.0, 1.01, 20), (0.9, 3.0, 1.1, 7), (1.0, 1.0, 1.0, 5), (0.7, 9.0, 1.0, 1)])
 def test_half_quadratic_means_its_options(options):
     x = sample("outliers")
     for grid in IntegerGrid(3, "affine"), IntegerGrid(3), NormalFloat(4):
@@ -228,7 +229,7 @@ def test_cross_entropy_without_rows_is_refused():
 
 @pytest.mark.parametrize("tensor", ["weight", "activation"])
 def test_cross_entropy_of_weights_and_activations_is_refused(tensor):
-    with pytest.raises(ValueError, match=rf"calibration.{tensor}=cross_entropy\(100\): is for calibration.logits alone"):
+    with pytest.raises(ValueError, match=rf"calibration.{tensor}=cross_entropy.*: is for calibration.logits alone"):
         Recipe(**{tensor: Scheme(calibration=CrossEntropy())})
 
 
