@@ -124,6 +124,8 @@ def _main(arguments: list[str]) -> int:
         require_packages(job.settings)
     for outputs in dict.fromkeys(job.settings.config["paths"]["outputs"] for job in jobs):
         writable(Path(outputs))
+        # A library imports matplotlib where it is installed, which makes folders in the home directory.
+        os.environ.setdefault("MPLCONFIGDIR", str(Path(outputs).resolve() / "cache" / "matplotlib"))
     for section in {str(job.settings.config["logger"]): job.settings.config["logger"] for job in jobs}.values():
         try:
             build(section, "logger").check()

@@ -20,10 +20,12 @@ from torch.utils.data import DataLoader
 from qexp.engines.base import Engine
 from qexp.engines.export import export_float
 from qexp.machine import versions
-from qexp.quant.convert import fold_batchnorm_, refuse_unquantizable, site_shapes
+from qexp.quant.convert import refuse_unquantizable, site_shapes
 from qexp.quant.dataflow import Dataflow, NotExportable, additions_to_modules
-from qexp.quant.granularity import PerTensor
+from qexp.quant.granularity import Granularity, PerTensor
+from qexp.quant.layers import QuantConv2d
 from qexp.quant.observers import Observer
+from qexp.quant.quantizer import Quantizer
 from qexp.quant.recipe import Recipe
 from qexp.quant.sketch import Sketch
 from qexp.report import terminal
@@ -222,7 +224,7 @@ def sketch_cache(float_network: TensorCache, settings: Settings) -> TensorCache:
     determined_by = {
         "float network": float_network.determined_by,
         "calibration data": settings.config["data"],
-        "sources": _source_hashes(Sketch, Observer, Dataflow, fold_batchnorm_),
+        "sources": _source_hashes(Sketch, Observer, Granularity, Quantizer, QuantConv2d, Dataflow, calibration_loader),
     }
     return TensorCache(float_network.root.parent / "sketch", determined_by, "calibrate again")
 

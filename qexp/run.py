@@ -194,11 +194,12 @@ def _calibrate(job: Run, model: nn.Module) -> None:
     with calibrating(model):
         with job.sketches.lock():
             seen = job.sketches.load() or {}
+            asked = len(observing(model))
             recall_(model, seen)
             if observers := observing(model):
                 _calibration_pass(job, model)
                 job.sketches.save(seen | {key: observer.state() for key, observer in observers.items()})
-            else:
+            elif asked:
                 terminal.console.print("[dim]       -[/dim]  calibration pass from the cache")
 
 

@@ -48,6 +48,8 @@ class Settings:
         return f"{choice} {bits} {recipe.weight.granularity} {recipe.activation.calibration} s{self.seed}"
 
 
+# What a config of the user's own may leave out.
+OPTIONAL = [("calibration", "logits", None), ("engine", "required", False)]
 # Every section with the keys it may hold; None: the keys are those of its _target_.
 SECTIONS: dict[str, tuple[str, ...] | None] = {
     "method": ("name",),
@@ -105,6 +107,9 @@ def settings(config: DictConfig) -> Settings:
         raise ConfigError(f"{error.full_key}: a value must be given") from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
+    for group, name, usual in OPTIONAL:
+        if isinstance(plain.get(group), dict):
+            plain[group].setdefault(name, usual)
     _check_keys(plain)
     for key, allowed in CHOICES.items():
         _check_choice(plain, key, allowed)

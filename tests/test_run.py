@@ -85,7 +85,7 @@ def test_layers_csv_has_a_row_for_each_site(usual):
     rows = table(usual.folder / "layers.csv")
     assert list(rows[0]) == [
         "site", "kind", "layer", "bits", "format", "convention", "granularity", "calibration",
-        "sqnr_db", "mse", "clipped_share", "macs", "engine_int8",
+        "sqnr_db", "mse", "clipped_share", "macs", "engine_int8", "rounding", "scale", "scales", "bytes",
     ]  # fmt: skip
     assert len({row["site"] for row in rows}) == len(rows)
     stem = {row["site"]: row for row in rows}["stem.conv.weight"]
@@ -93,6 +93,8 @@ def test_layers_csv_has_a_row_for_each_site(usual):
         "weight", "stem.conv", "8", "int8", "per_channel", "True",
     ]  # fmt: skip
     assert int(stem["macs"]) == 8 * 8 * 16 * 9
+    assert (stem["rounding"], stem["scale"], stem["scales"]) == ("half_even", "float32", "16")
+    assert int(stem["bytes"]) == 16 * 9 + 16 * 4  # a code of one byte each, and a float32 for each channel
     assert all(math.isfinite(float(row["sqnr_db"])) for row in rows)
 
 
@@ -103,7 +105,9 @@ def test_the_same_config_gives_the_same_result_to_the_bit(usual, tmp_path):
     def certain(metrics: dict) -> dict:
         # The plain names are those of the faster engine, which is measured.
         named = {name: metrics[name] for name in metrics if name.startswith(ENGINES) or name == "acc/fp32"}
-        return {name: value for name, value in named.items() if not any(word in name for word in MEASURED)}
+        # "time/" is in the name of ONNX Runtime, too.
+        told = {name: name.removeprefix("onnxruntime/") for name in named}
+        return {name: value for name, value in named.items() if not any(word in told[name] for word in MEASURED)}
 
     assert certain(again.metrics) == certain(usual.metrics)
     assert len(certain(again.metrics)) > 15
@@ -119,9 +123,9 @@ def trainings(monkeypatch) -> list[bool]:
     """One entry for each training from now on."""
     real, found = prepare.TensorCache.save, []
 
-    def save(*arguments):
-        found.append(True)
-        real(*arguments)
+    def save(cache, state):
+        found.extend([True] * (cache.remedy == "train again"))
+        real(cache, state)
 
     monkeypatch.setattr(prepare.TensorCache, "save", save)
     return found
@@ -315,13 +319,13 @@ def test_what_cannot_work_is_one_sentence_and_no_result(mine, tmp_path, monkeypa
         mine(*asked.split(" "))
     assert "\n" not in str(refusal.value).strip()
     assert not list(tmp_path.glob("runs/*"))
-    if kind is ConfigError and "exclude=" not in asked:  # additions have names only after the network is traced
+    if kind is ConfigError:
         assert not list(tmp_path.glob("cache/float/*"))
 
 
 def test_a_damaged_float_network_is_refused(mine, tmp_path):
     mine()
-    (weights,) = tmp_path.glob("cache/float/*/weights.pt")
+    (weights,) = tmp_path.glob("cache/float/*/tensors.pt")
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(StoreError, match="is damaged .its checksum differs."):
         mine("calibration=mse")

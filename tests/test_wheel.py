@@ -96,7 +96,7 @@ def test_the_installed_command_helps_refuses_and_runs_with_the_users_configs(sit
     assert "narrow" in helped.stdout
     refused = run_installed(site, tmp_path, *command, "calibration=wide")
     assert refused.returncode == 2
-    assert refused.stderr.startswith("qexp: calibration=wide: no such option; allowed are entropy, ")
+    assert refused.stderr.startswith("qexp: calibration=wide: no such option; allowed are aciq, ")
     fast = ["trainer.epochs=1", "engine=onnxruntime", "engine.seconds=0.05", "logger=csv"]
     done = run_installed(site, tmp_path, *command, "calibration=narrow", *fast)
     assert done.returncode == 0, done.stderr

@@ -219,7 +219,7 @@ class IntegerGrid(Grid):
         """All representable values in increasing order; shape: that of the scale, plus one last dimension."""
         import torch
 
-        codes = torch.arange(self.quant_min, self.quant_max + 1, dtype=torch.float32)
+        codes = torch.arange(self.quant_min, self.quant_max + 1.0, device=qparams.scale.device)
         return (codes - qparams.zero_point[..., None]) * qparams.scale[..., None]
 
 

@@ -112,7 +112,7 @@ class LevelGrid(Grid):
             # 0 / 0 is between equal levels, which a codebook of constant data has.
             index = rounding(lower + ((u - below) / (above - below)).clamp_(0, 1).nan_to_num_())
         else:
-            index = torch.bucketize(u, self.thresholds(rounding, qparams).to(u.device))
+            index = torch.bucketize(u, self.thresholds_for(rounding, qparams).to(u.device))
         return index.to(torch.float32).sub_(self.zero_index)
 
     def decode(self, codes: Tensor, qparams: QParams) -> Tensor:
@@ -139,9 +139,9 @@ class LevelGrid(Grid):
         return self._levels(qparams) * qparams.scale[..., None]
 
     def _levels(self, qparams: QParams) -> Tensor:
-        return unit_levels(self) if qparams.levels is None else qparams.levels
+        return (unit_levels(self) if qparams.levels is None else qparams.levels).to(qparams.scale.device)
 
-    def thresholds(self, rounding: Rounding, qparams: QParams) -> Tensor:
+    def thresholds_for(self, rounding: Rounding, qparams: QParams) -> Tensor:
         """Delta_i for S = 1: x / S becomes level i + 1 or a higher one exactly where it is larger than Delta_i."""
         if qparams.levels is None:
             return unit_thresholds(self, rounding)

@@ -52,7 +52,7 @@ class MSE(Calibration):
 class HalfQuadratic(Calibration):
     """Least sum |x - x~|^p with p < 1 by half-quadratic splitting (HQQ: Badri and Shaji 2023, section 2).
 
-    Outliers are given to an auxiliary error e, so that the scale is fitted to the rest. From the extrema on, `steps`
+    Outliers are given to an auxiliary error e, so that the scale is fitted to the rest. From each start on, `steps`
     times, with u = (x - x~) / S the error in steps:
 
     e = S sign(u) max(0, |u| - p |u|^(p-1) / beta),   beta <- kappa beta          generalized soft threshold
@@ -60,14 +60,15 @@ class HalfQuadratic(Calibration):
     [lo, hi] <- a [lo, hi] + c
 
     HQQ fits the zero point alone and leaves its scale at the extrema; here both are fitted, because the zero point of
-    an int8 engine is an integer. Errors are in steps, so beta does not depend on the size of x. The best range of all
-    steps wins.
+    an int8 engine is an integer. Errors are in steps, so beta does not depend on the size of x. Codes hold a range
+    near where it started, so it starts at k/n of the extrema, k = 1..n, n = `starts`; the best range of all steps wins.
     """
 
     p: float = 0.7
     beta: float = 10.0
     kappa: float = 1.01
     steps: int = 20
+    starts: int = 8
 
     most_bits: ClassVar[int] = 11
 
@@ -79,27 +80,37 @@ class HalfQuadratic(Calibration):
                 raise ValueError(f"{name}={value!r}: must be a number above {least}")
             if value > most:
                 raise ValueError(f"{name}={value!r}: must be at most {most}")
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"steps={self.steps!r}: must be an integer of at least 1")
+        for name, value in ("steps", self.steps), ("starts", self.starts):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: must be an integer of at least 1")
 
     def range(self, stats: Statistics, grid: Grid) -> tuple[Tensor, Tensor]:
-        x, w, beta = stats.points.double(), stats.weights.double(), self.beta
-        lo, hi = stats.lo.clamp(max=0), stats.hi.clamp(min=0)
-        best_lo, best_hi, least = lo, hi, None
-        for _ in range(self.steps + 1):
-            qparams = grid.qparams(lo[:, None], hi[:, None])
-            quantized = grid.decode(grid.encode(stats.points, qparams), qparams).double()
-            u = (x - quantized) / qparams.scale.double()
-            error = (w * (u * qparams.scale).abs().pow(self.p)).sum(1)
-            better = error < (error + 1 if least is None else least)
-            least = error if least is None else error.where(better, least)
-            best_lo, best_hi = lo.where(better, best_lo), hi.where(better, best_hi)
-            size = u.abs()
-            shrunk = size - self.p * size.clamp(min=1e-12).pow(self.p - 1) / beta
-            target = x - u.sign() * shrunk.clamp(min=0) * qparams.scale
-            beta *= self.kappa
-            lo, hi = _refit(target, quantized, w, (lo, hi), offset=not grid.symmetric)
-        return best_lo, best_hi
+        import torch
+
+        whole_lo, whole_hi = stats.lo.clamp(max=0), stats.hi.clamp(min=0)
+        best = whole_lo, whole_hi, torch.full_like(whole_lo, torch.inf, dtype=torch.float64)
+        for k in range(self.starts, 0, -1):
+            lo, hi, beta = whole_lo * (k / self.starts), whole_hi * (k / self.starts), self.beta
+            for _ in range(self.steps + 1):
+                error, lo_next, hi_next = self._step(stats, grid, (lo, hi), beta)
+                better = error < best[2]
+                best = tuple(new.where(better, old) for new, old in zip((lo, hi, error), best, strict=True))
+                lo, hi, beta = lo_next, hi_next, beta * self.kappa
+        return best[0], best[1]
+
+    def _step(
+        self, stats: Statistics, grid: Grid, span: tuple[Tensor, Tensor], beta: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """sum |x - x~|^p of a range, and the next range."""
+        x, w = stats.points.double(), stats.weights.double()
+        qparams = grid.qparams(span[0][:, None], span[1][:, None])
+        quantized = grid.decode(grid.encode(stats.points, qparams), qparams).double()
+        u = (x - quantized) / qparams.scale.double()
+        error = (w * (u * qparams.scale).abs().pow(self.p)).sum(1)
+        size = u.abs()
+        shrunk = size - self.p * size.clamp(min=1e-12).pow(self.p - 1) / beta
+        target = x - u.sign() * shrunk.clamp(min=0) * qparams.scale
+        return error, *_refit(target, quantized, w, span, offset=not grid.symmetric)
 
     def __str__(self) -> str:
         return f"hqo({self.p:g})"

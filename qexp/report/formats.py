@@ -47,7 +47,7 @@ class View:
         if self.rounding.is_random:
             return None
         if not isinstance(self.grid, IntegerGrid):
-            return self.grid.thresholds(self.rounding, self.qparams)
+            return self.grid.thresholds_for(self.rounding, self.qparams)
         return self.rounding.thresholds(self.units, (self.units[:-1] + self.units[1:]) / 2, self.units[:-1])
 
     @cached_property

@@ -76,14 +76,15 @@ def test_networks_from_elsewhere_run_on_integers_as_simulated(made, engine, make
     net, images = made.settled(make, (3, 8, 8))
     net, warning = additions_to_modules(net, Dataflow(net, images[:2]))
     assert warning is None
-    done = made.deployed(made.quantized(net, images), engine)
+    job = made.quantized(net, images)
+    done = made.deployed(job, engine)
     figures = done.certificate.metrics()
     # Functions such as sigmoid differ between torch and an engine in their last bits, which decides a tie now and then.
     assert figures["parity/identical"] >= 0.998
     assert figures["parity/max_step"] <= 2
     assert figures["parity/argmax_flips"] == 0
     assert done.mac_coverage == 1
-    assert done.islands(net) == []
+    assert done.islands(job.flow) == []
 
 
 def test_products_written_as_functions_are_counted_and_named(made, engine):
@@ -107,5 +108,5 @@ def test_products_written_as_functions_are_counted_and_named(made, engine):
     }  # fmt: skip
     assert job.flow.functional_products() == ["matmul", "scaled_dot_product_attention"]
     done = made.deployed(job, engine)
-    assert {"matmul", "scaled_dot_product_attention"} <= set(done.islands(net))
+    assert {"matmul", "scaled_dot_product_attention"} <= set(done.islands(job.flow))
     assert done.mac_coverage <= (2 * 4 * 64 + 40) / sum(macs.values())

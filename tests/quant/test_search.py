@@ -84,9 +84,14 @@ def lp_error(x, lo, hi, grid, p=0.7):
     return (np.abs(x.astype(np.float64) - quantized(x, lo, hi, grid)[0]) ** p).sum()
 
 
-def half_quadratic(x, grid, p=0.7, beta=10.0, kappa=1.01, steps=20):
+def half_quadratic(x, grid, p=0.7, beta=10.0, kappa=1.01, steps=20, starts=8):
     """Every range that the equations visit, with its error."""
-    lo, hi = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
+    lo, hi = np.float32(min(x.min(), 0.0)), np.float32(max(x.max(), 0.0))
+    from_each = (np.float32([lo * (k / starts), hi * (k / starts)]) for k in range(1, starts + 1))
+    return [visit for span in from_each for visit in descent(x, grid, *map(float, span), p, beta, kappa, steps)]
+
+
+def descent(x, grid, lo, hi, p, beta, kappa, steps):
     visited = []
     for _ in range(steps + 1):
         back, scale = quantized(x, lo, hi, grid)
@@ -113,7 +118,7 @@ def test_half_quadratic_is_its_equations_in_numpy(draw, grid):
     assert lp_error(x, *found, grid) == pytest.approx(least, rel=1e-3)
 
 
-@pytest.mark.parametrize("options", [(0.5, 10.0, 1.01, 20), (0.9, 3.0, 1.1, 7), (1.0, 1.0, 1.0, 5), (0.7, 9.0, 1.0, 1)])
+@pytest.mark.parametrize("options", [(0.5, 10.0, 1.01, 20), (0.9, 3.0, 1.1, 7, 3), (1.0, 1.0, 1.0, 5, 1), (0.7, 9.0, 1.0, 1, 2)])
 def test_half_quadratic_means_its_options(options):
     x = sample("outliers")
     for grid in IntegerGrid(3, "affine"), IntegerGrid(3), NormalFloat(4):
@@ -175,7 +180,7 @@ def test_half_quadratic_calibrates_blocks_each_for_itself():
     ("field", "value"),
     [
         ("p", 0), ("p", 1.1), ("p", True), ("p", "0.7"), ("p", float("nan")), ("beta", 0), ("beta", float("inf")),
-        ("kappa", -1), ("kappa", None), ("steps", 0), ("steps", 2.0), ("steps", True),
+        ("kappa", -1), ("kappa", None), ("steps", 0), ("steps", 2.0), ("steps", True), ("starts", 0),
     ],
 )  # fmt: skip
 def test_half_quadratic_refuses_other_options(field, value):
