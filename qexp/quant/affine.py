@@ -12,7 +12,10 @@ holds to the bit, and is how it is computed: four passes over memory.
 
 from __future__ import annotations
 
+import ctypes
 import math
+import struct
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -85,7 +88,7 @@ class _OneScale(torch.autograd.Function):
         lowest, highest = grid.quant_min - zero_point, grid.quant_max - zero_point
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(x)
-            ctx.bounds = -_first_outside(-lowest, scale), _first_outside(highest, scale)
+            ctx.bounds = inside_of(grid, scale, zero_point)
         values = torch.div(x, scale).clamp_(lowest, highest).round_()
         # One fused pass: S times the code, and + 0 turns a negative zero into zero.
         return torch.add(_zero(x.dtype), values, alpha=scale, out=values)
@@ -100,23 +103,43 @@ def _zero(dtype: torch.dtype) -> Tensor:
     return torch.zeros((), dtype=dtype)
 
 
+def inside_of(grid: CodeRange, scale: float, zero_point: int) -> tuple[float, float]:
+    """The open interval of float32 numbers x with quant_min <= round(x / S) + Z <= quant_max."""
+    lowest, highest = grid.quant_min - zero_point, grid.quant_max - zero_point
+    return -_first_outside(-lowest, scale), _first_outside(highest, scale)
+
+
+@lru_cache(maxsize=4096)
 def _first_outside(code: int, scale: float) -> float:
     """The smallest float32 x with round(x / S) > code; round(-x / S) < -code holds for the same x."""
     # A tie at code + 1/2 rounds to the even neighbour, which is outside where code is odd.
     tie, outside_at_tie = code + 0.5, code % 2 != 0
-    x = torch.tensor([tie * scale], dtype=torch.float32)
-    s = torch.tensor([scale], dtype=torch.float32)
 
-    def outside(x: Tensor) -> bool:
-        quotient = float(x / s)
+    def outside(x: float) -> bool:
+        # A quotient of two float32 numbers in float64, rounded to float32, is their float32 quotient.
+        quotient = _float32(x / scale)
         return quotient >= tie if outside_at_tie else quotient > tie
 
-    down, up = torch.tensor([-math.inf]), torch.tensor([math.inf])
+    x = _float32(tie * scale)
     while outside(x):
-        x = torch.nextafter(x, down)
-    while not outside(x) and bool(x.isfinite()):
-        x = torch.nextafter(x, up)
-    return float(x)
+        x = _next_float32(x, -1)
+    while not outside(x) and x < math.inf:
+        x = _next_float32(x, 1)
+    return x
+
+
+def _float32(value: float) -> float:
+    """The nearest float32; infinity beyond the largest."""
+    return ctypes.c_float(value).value
+
+
+def _next_float32(x: float, step: int) -> float:
+    """The float32 next to x, above it for step 1, below it for step -1."""
+    (bits,) = struct.unpack("<i", struct.pack("<f", x))
+    if x == 0:
+        return step * 2.0**-149
+    (moved,) = struct.unpack("<f", struct.pack("<i", bits + (step if x > 0 else -step)))
+    return moved
 
 
 class _ZeroPointZero(torch.autograd.Function):

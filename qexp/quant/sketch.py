@@ -61,17 +61,19 @@ class Sketch(nn.Module):
         x = x.detach().float() + 0.0  # no negative zeros
         least, most = require_values(x)
         rows = x.reshape(1, -1) if len(self.lo) == 1 else blocks(x, self.granularity.block_shape(tuple(x.shape)))
+        rows = rows.contiguous()
         lo, hi = (least.view(1), most.view(1)) if len(rows) == 1 else (rows.amin(1), rows.amax(1))
         extrema = torch.stack([lo, hi]).double()
         self._take_extrema(lo, hi, extrema, 1, x.numel())
         self.faded.mul_(1 - self.constant).add_(extrema, alpha=self.constant)
-        zeros = rows.shape[1] - (rows.count_nonzero()[None] if len(rows) == 1 else rows.count_nonzero(1))
+        scratch = torch.empty_like(rows)
+        zeros = rows.shape[1] - _nonzeros(rows, scratch)
         # Zeros have no exponent.
         self._widen(int(torch.frexp(lo.neg().maximum(hi).max().clamp(min=2.0**-126)).exponent))
         self.zeros += zeros
-        self.counts += self._count(rows)
-        self.counts[:, self.side] -= zeros
         self._take_tails(rows)
+        self.counts += self._count(rows, scratch)
+        self.counts[:, self.side] -= zeros
 
     def _take_extrema(self, lo: Tensor, hi: Tensor, first: Tensor, batches: int, seen: int) -> None:
         """Extrema, and the average of those of `batches` batches of which `first` are the first's."""
@@ -84,13 +86,17 @@ class Sketch(nn.Module):
         self.batches += batches
         self.seen += seen
 
-    def _count(self, rows: Tensor) -> Tensor:
-        """Values in each cell; zeros are in the smallest cell of the positive side."""
-        bits = rows.contiguous().view(torch.int32)
+    def _count(self, rows: Tensor, scratch: Tensor) -> Tensor:
+        """Values in each cell; zeros are in the smallest cell of the positive side. Both tensors are written over.
+
+        New memory for each step would cost as much as the steps.
+        """
+        bits = rows.view(torch.int32)
         shift = 23 - self.fraction
         lowest = (int(self.exponent) + 126 - self.octaves + 1) << self.fraction
-        index = bits.bitwise_and(0x7FFFFFFF).bitwise_right_shift_(shift).sub_(lowest - 1).clamp_(min=0)
-        index = index.bitwise_xor_(bits.bitwise_right_shift(31)).add_(self.side)  # -1 - index where negative
+        index = torch.bitwise_and(bits, 0x7FFFFFFF, out=scratch.view(torch.int32))
+        index.bitwise_right_shift_(shift).sub_(lowest - 1).clamp_(min=0)
+        index.bitwise_xor_(bits.bitwise_right_shift_(31)).add_(self.side)  # -1 - index where negative
         if len(rows) == 1:
             return torch.bincount(index.flatten(), minlength=2 * self.side)[None]
         offset = torch.arange(len(rows), device=rows.device)[:, None] * (2 * self.side)
@@ -164,7 +170,7 @@ class Sketch(nn.Module):
         return Statistics(self.lo.clone(), self.hi.clone(), points[:, used], weights[:, used], average)
 
     def _count_of(self, tails: Tensor) -> Tensor:
-        counts = self._count(tails)
+        counts = self._count(tails.clone(), torch.empty_like(tails))
         counts[:, self.side] -= (tails == 0).sum(1)
         return counts
 
@@ -177,6 +183,13 @@ class Sketch(nn.Module):
         smallest = step.new_full((), 2.0 ** (int(self.exponent) - self.octaves - 1))
         centres = torch.where(place > 0, torch.ldexp(fraction, octave), smallest)
         return torch.where(cells >= self.side, centres, -centres)
+
+
+def _nonzeros(rows: Tensor, scratch: Tensor) -> Tensor:
+    """Number of values other than 0 in each row; a sum of at most 2^23 ones is exact in float32, and fast."""
+    ones = torch.sign(rows, out=scratch).abs_()
+    counts = [part.sum(1).long() for part in ones.split(2**23, dim=1)]
+    return torch.stack(counts).sum(0)
 
 
 def _largest(rows: Tensor, sign: int, count: int, kept: Tensor) -> Tensor:
