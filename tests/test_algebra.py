@@ -1,13 +1,16 @@
 """Every format, granularity, calibration and rounding of conf/ composes with every other, on weights and activations."""
 
+import copy
 import itertools
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from qexp.jobs import compose_jobs, conf_dir
+from qexp.quant.convert import calibrating, quantize_, site_shapes
 from qexp.quant.quantizer import Mode, Quantizer
 from qexp.quant.recipe import Recipe, Scheme
 
@@ -57,6 +60,33 @@ def holds(scheme: Scheme, x: torch.Tensor, is_weight: bool) -> None:
         assert y.unique().numel() <= levels.numel()
         if str(scheme.rounding) in ("half_even", "half_away"):
             assert torch.equal(quantizer(y), y)  # what lies on the grid stays
+
+
+@pytest.mark.parametrize(("axis", "name"), [(axis, name) for axis in FIELDS for name in NAMES[axis]])
+def test_a_network_with_biases_takes_every_choice(axis, name):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 12, 3, groups=12), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5),
+    )  # fmt: skip
+    chosen = USUAL | {axis: name, "quantizer": name if axis == "quantizer" else "int8"}
+    schemes = {
+        tensor: Scheme(**{FIELDS[a]: parts(a, option)[tensor] for a, option in chosen.items()}) for tensor in SAMPLES
+    }
+    images = torch.randn(4, 3, 8, 8)
+    model = copy.deepcopy(net)
+    if name == "per_group":
+        with pytest.raises(ValueError, match=r"2.weight: per_group\(3\): blocks of 3 do not divide dimension 1 .*pad=true"):
+            quantize_(model, Recipe(**schemes))
+        return
+    quantize_(model, Recipe(**schemes), shapes=site_shapes(model, images[:1]))
+    with torch.no_grad(), calibrating(model):
+        model(images)
+    with torch.no_grad():
+        quantized, expected = model(images), net(images)
+    assert quantized.shape == expected.shape and bool(quantized.isfinite().all())
+    if axis == "granularity":  # at 8 bits every one of them is close
+        assert (quantized - expected).norm() < 0.1 * expected.norm()
 
 
 @pytest.mark.parametrize(("first", "second"), list(itertools.combinations(FIELDS, 2)))

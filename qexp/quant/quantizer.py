@@ -173,7 +173,7 @@ class Quantizer(nn.Module):
         """What an integer of this site is worth, one or one for each output channel; None where there is no such."""
         if self.dynamic or self.grid.step is None:
             return None
-        one_each = self.is_weight and self.scale.shape[0] == self.scale.numel()
+        one_each = self.is_weight and self.scale.numel() == self.scale.shape[0] == self.shape[0]
         return self.scale.flatten() * self.grid.step if self.scale.numel() == 1 or one_each else None
 
     @torch.no_grad()

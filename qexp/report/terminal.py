@@ -115,6 +115,7 @@ def run_table(metrics: dict[str, Any], engines: list[str], title: str) -> Table:
     row("speed-up, 95 % interval", _speedup_cell)
     row("over the best fp32", lambda get: _number(get("latency/speedup_over_best_fp32"), ".2f", "x"))
     row("size fp32 -> int8", _size_cell)
+    row("weights packed, of it scales", lambda get: _packed_cell(metrics.get))
     return table
 
 
@@ -143,6 +144,11 @@ def _speedup_cell(get) -> str:
 def _size_cell(get) -> str:
     fp32, int8 = get("size/fp32_bytes"), get("size/int8_bytes")
     return "" if fp32 is None or int8 is None else f"{fp32 / 1024:.0f} -> {int8 / 1024:.0f} KiB"
+
+
+def _packed_cell(get) -> str:
+    packed, scales = get("size/packed_bytes"), get("size/qparams_bytes")
+    return "" if packed is None else f"{packed / 1024:.1f}, {scales / 1024:.2f} KiB"
 
 
 def report(job) -> None:
@@ -175,9 +181,10 @@ SWEEP_COLUMNS = {
     "codes = %": lambda get: _number(_percent(get("parity/identical")), ".3f"),
     "int8 MACs %": lambda get: _number(_percent(get("int8/mac_coverage")), ".0f"),
     "speed-up": lambda get: _number(get("latency/speedup"), ".2f", "x"),
+    "KiB": lambda get: "" if get("size/packed_bytes") is None else f"{get('size/packed_bytes') / 1024:.1f}",
 }
 # What a narrow terminal goes without, the first first.
-SPARED = ["codes = %", "int8 MACs %", "SQNR dB", "fp32 %"]
+SPARED = ["KiB", "codes = %", "int8 MACs %", "SQNR dB", "fp32 %"]
 
 
 def sweep_table(rows: list[dict[str, Any]], console: Console = output) -> Table:
