@@ -8,8 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 LIBRARIES = (
-    "torch", "pytorch-lightning", "torchmetrics", "onnx", "onnxscript", "onnxruntime", "openvino", "scikit-learn", "numpy",
-    "hydra-core", "wandb",
+    "torch", "pytorch-lightning", "torchmetrics", "onnx", "onnxscript", "onnxruntime", "openvino", "scikit-learn",
+    "numpy", "hydra-core", "wandb",
 )  # fmt: skip
 INT8_FLAGS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx512f", "avx2")
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -18,16 +16,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from qexp.engines.base import Engine
-from qexp.engines.export import export_float
-from qexp.machine import versions
 from qexp.quant.convert import refuse_unquantizable, site_shapes
 from qexp.quant.dataflow import Dataflow, NotExportable, additions_to_modules
-from qexp.quant.granularity import Granularity, PerTensor
-from qexp.quant.layers import QuantConv2d
-from qexp.quant.observers import Observer
-from qexp.quant.quantizer import Quantizer
+from qexp.quant.granularity import PerTensor
 from qexp.quant.recipe import Recipe
-from qexp.quant.sketch import Sketch
 from qexp.report import terminal
 from qexp.settings import ConfigError, Settings, build
 from qexp.store import StoreError, TensorCache
@@ -79,7 +71,7 @@ def example_images(data: pl.LightningDataModule) -> Tensor:
 def network(config: dict[str, Any], data: pl.LightningDataModule) -> nn.Module:
     """The untrained network; input channels and classes follow the data where its constructor has these names."""
     section = config["model"]
-    known = inspect.signature(_target(section, "model")).parameters
+    known = inspect.signature(target(section, "model")).parameters
     offered = {"num_classes": data.num_classes}
     if hasattr(data, "input_shape"):
         offered["in_channels"] = data.input_shape[0]
@@ -118,7 +110,7 @@ def require_logits(net: nn.Module, images: Tensor, num_classes: int) -> None:
         raise ConfigError(f"model: {kind} returns a tensor of shape {tuple(logits.shape)}, but must return {expected}")
 
 
-def _target(section: dict[str, Any], key: str) -> Any:
+def target(section: dict[str, Any], key: str) -> Any:
     try:
         target = _locate(section["_target_"])
     except Exception as error:  # importing a user's module may raise anything
@@ -197,54 +189,6 @@ def _trainer(config: dict[str, Any], update: terminal.Update, fit: bool, logger:
         log_every_n_steps=10,
         num_sanity_val_steps=0,
     )
-
-
-def float_cache(settings: Settings, net: nn.Module, data: pl.LightningDataModule, outputs: Path) -> TensorCache:
-    """The place of this float network in the cache: the hash of all that determines its weights."""
-    config = settings.config
-    determined_by = {
-        "model": config["model"],
-        # The calibration draw does not touch training.
-        "data": {key: value for key, value in config["data"].items() if key != "calibration_size"},
-        # What lies on disk may change while its path stays.
-        "samples": data.fingerprint() if hasattr(data, "fingerprint") else None,
-        "trainer": config["trainer"],
-        "seed": settings.seed,
-        "versions": versions(),
-        "sources": _source_hashes(
-            _target(config["model"], "model"), _target(config["data"], "data"), Float32Task, type(data),
-            *{type(module) for module in net.modules()},
-        ),
-    }  # fmt: skip
-    return TensorCache(outputs / "cache" / "float", determined_by, "train again")
-
-
-def sketch_cache(float_network: TensorCache, settings: Settings) -> TensorCache:
-    """The place of what the calibration pass saw: the hash of the float network and of the data that passed."""
-    determined_by = {
-        "float network": float_network.determined_by,
-        "calibration data": settings.config["data"],
-        "sources": _source_hashes(Sketch, Observer, Granularity, Quantizer, QuantConv2d, Dataflow, calibration_loader),
-    }
-    return TensorCache(float_network.root.parent / "sketch", determined_by, "calibrate again")
-
-
-def graph_cache(float_network: TensorCache) -> TensorCache:
-    """The place of the float network's ONNX form."""
-    determined_by = {"float network": float_network.determined_by, "sources": _source_hashes(export_float, Dataflow)}
-    return TensorCache(float_network.root.parent / "onnx", determined_by, "export again")
-
-
-def _source_hashes(*things: Any) -> list[str]:
-    """Hash of each file that defines one of these functions, or one of these classes and its bases."""
-    files = set()
-    for thing in things:
-        for kind in inspect.getmro(thing) if inspect.isclass(thing) else (thing,):
-            try:
-                files.add(inspect.getfile(kind))
-            except (OSError, TypeError):  # built in
-                continue
-    return sorted(hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files)
 
 
 def train_(net: nn.Module, settings: Settings, data: pl.LightningDataModule, cache: TensorCache, logger: Any) -> None:

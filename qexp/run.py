@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,11 @@ import onnx
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from qexp import prepare, record
+from qexp import caches, passes, prepare, record
 from qexp.engines.base import Engine, EngineRefused
 from qexp.engines.deploy import certify_deployment, deploy, measure, simulation_for
-from qexp.engines.export import export_float, export_quantized
+from qexp.engines.export import export_quantized
 from qexp.engines.saturation import saturates
 from qexp.metrics.footprint import footprint
 from qexp.metrics.sites import measuring_sites
@@ -108,7 +106,7 @@ def _float_network(settings: Settings, outputs: Path, logger: Any) -> Run:
         data, net, engines = prepare.ready(settings)
     example = prepare.example_images(data)
     prepare.require_logits(net, example, data.num_classes)
-    cache = prepare.float_cache(settings, net, data, outputs)
+    cache = caches.float_cache(settings, net, data, outputs)
     if not cache.folder.exists():
         with prepare.evaluating(net):
             _trace(net, example)  # what cannot be traced need not be trained
@@ -120,26 +118,16 @@ def _float_network(settings: Settings, outputs: Path, logger: Any) -> Run:
     if warning:
         terminal.output.print(f"warning: {warning}", markup=False)
     with terminal.stage("evaluating the float network") as update:
-        task = _test(settings, data, net, update)
-    sketches = prepare.sketch_cache(cache, settings)
-    job = Run(settings, data, net, flow, engines, task.logits, sketches, {"acc/fp32": _accuracy(task)})
+        task = passes.evaluate(settings, data, net, update)
+    sketches = caches.sketch_cache(cache, settings)
+    job = Run(settings, data, net, flow, engines, task.logits, sketches, {"acc/fp32": passes.accuracy_of(task)})
     if engines:
         with terminal.stage("exporting the float network to ONNX"):
             try:
-                job.graphs["fp32"] = _float_graph(flow, prepare.graph_cache(cache))
+                job.graphs["fp32"] = caches.float_graph(flow, caches.graph_cache(cache))
             except NotExportable as error:
                 job.refused(str(error))
     return job
-
-
-def _float_graph(flow: Dataflow, cache: TensorCache) -> onnx.ModelProto:
-    """The float network as ONNX, which its weights decide: written once. Errors: NotExportable."""
-    with cache.lock():
-        state = cache.load()
-        if state is None:
-            state = {"graph": torch.frombuffer(bytearray(export_float(flow).SerializeToString()), dtype=torch.uint8)}
-            cache.save(state)
-    return onnx.ModelProto.FromString(state["graph"].numpy().tobytes())
 
 
 def _trace(net: nn.Module, example: Tensor) -> Dataflow:
@@ -160,8 +148,7 @@ def _float_only(job: Run) -> None:
 
 def _quantize(job: Run) -> None:
     """Fold, swap, calibrate: the simulation with all its quantizers."""
-    settings, recipe = job.settings, job.settings.recipe
-    model = copy.deepcopy(job.net)
+    recipe, model = job.settings.recipe, copy.deepcopy(job.net)
     fold_batchnorm_(model, job.flow)
     try:
         quantized = {name for name, _ in targets(model, recipe)}
@@ -191,16 +178,15 @@ def _logits_layer(job: Run, quantized: set[str]) -> str | None:
 
 def _calibrate(job: Run, model: nn.Module) -> None:
     """One pass over the calibration data, unless one over the same data and network has been made before."""
-    with calibrating(model):
-        with job.sketches.lock():
-            seen = job.sketches.load() or {}
-            asked = len(observing(model))
-            recall_(model, seen)
-            if observers := observing(model):
-                _calibration_pass(job, model)
-                job.sketches.save(seen | {key: observer.state() for key, observer in observers.items()})
-            elif asked:
-                terminal.console.print("[dim]       -[/dim]  calibration pass from the cache")
+    with calibrating(model), job.sketches.lock():
+        seen = job.sketches.load() or {}
+        asked = len(observing(model))
+        recall_(model, seen)
+        if observers := observing(model):
+            _calibration_pass(job, model)
+            job.sketches.save(seen | {key: observer.state() for key, observer in observers.items()})
+        elif asked:
+            terminal.console.print("[dim]       -[/dim]  calibration pass from the cache")
 
 
 def _calibration_pass(job: Run, model: nn.Module) -> None:
@@ -250,11 +236,11 @@ def _deploy(job: Run, engine: Engine, graph: onnx.ModelProto) -> tuple[dict[str,
         simulation = simulation_for(engine, job.quantized, job.flow)
         figures, noise = _simulate(job, simulation, update)
         deployment = deploy(engine, graph, simulation, job.flow, threads)
-        batches = _counted(job.data.test_dataloader(), update)
+        batches = passes.counted(job.data.test_dataloader(), update)
         logits = certify_deployment(deployment, batches, threads)
         figures |= record.deployment_metrics(deployment, job.flow)
         figures["acc/drop"] = job.metrics["acc/fp32"] - figures["acc/engine"]
-        figures["agree/argmax"] = _agreement(torch.from_numpy(logits), job.reference)
+        figures["agree/argmax"] = passes.agreement(torch.from_numpy(logits), job.reference)
         figures["int8/saturates"] = saturates(engine)
         figures["size/int8_bytes"] = deployment.artefact.model.ByteSize()
         figures["size/fp32_bytes"] = job.graphs["fp32"].ByteSize()
@@ -267,13 +253,13 @@ def _simulate(
 ) -> tuple[dict[str, Any], dict[str, QuantizationNoise]]:
     """Test pass of a simulation: its figures, and the noise of each site."""
     with measuring_sites(model) as noise:
-        task = _test(job.settings, job.data, model, update)
+        task = passes.evaluate(job.settings, job.data, model, update)
     signal, error = job.reference.double(), job.reference.double() - task.logits.double()
-    accuracy = _accuracy(task)
+    accuracy = passes.accuracy_of(task)
     figures = {
         "acc/sim": accuracy,
         "acc/drop": job.metrics["acc/fp32"] - accuracy,
-        "agree/argmax": _agreement(task.logits, job.reference),
+        "agree/argmax": passes.agreement(task.logits, job.reference),
         "sqnr/output_db": sqnr_db(signal.square().sum(), error.square().sum()),
     }
     return figures, noise
@@ -298,28 +284,6 @@ def _measure(job: Run, by_engine: dict[str, dict[str, Any]]) -> str | None:
         by_engine.setdefault(engine.name, {}).update(record.latency_metrics(timings, engine.name))
     timed = "latency/fp32_ms" if job.settings.method == "fp32" else "latency/int8_ms"
     return min(by_engine, key=lambda name: by_engine[name][timed], default=None)
-
-
-def _test(settings: Settings, data: pl.LightningDataModule, net: nn.Module, update: terminal.Update) -> PTQTask:
-    task = PTQTask(net, data.num_classes)
-    prepare.trainer(settings.config, update).test(task, data.test_dataloader(), verbose=False)
-    return task
-
-
-def _counted(loader: DataLoader, update: terminal.Update) -> Iterator[tuple[Tensor, Tensor]]:
-    for number, batch in enumerate(loader, 1):
-        yield batch
-        update(number, len(loader))
-
-
-def _accuracy(task: PTQTask) -> float:
-    """The metric is float32; a share of n samples is a whole number of n-ths."""
-    samples = len(task.logits)
-    return round(float(task.trainer.callback_metrics["acc"]) * samples) / samples
-
-
-def _agreement(logits: Tensor, reference: Tensor) -> float:
-    return float((logits.argmax(1) == reference.argmax(1)).double().mean())
 
 
 def _write(job: Run, logger: Any) -> None:

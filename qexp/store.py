@@ -137,7 +137,8 @@ class TensorCache:
             return state
         except Exception as error:  # whatever a damaged file makes the readers raise
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise StoreError(f"{self.name} {tensors} is damaged ({why}); delete {self.folder} to {self.remedy}") from None
+            remedy = f"delete {self.folder} to {self.remedy}"
+            raise StoreError(f"{self.name} {tensors} is damaged ({why}); {remedy}") from None
 
     def save(self, state: dict) -> None:
         """Store a dict of tensors."""

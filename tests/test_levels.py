@@ -176,7 +176,10 @@ def test_the_page_of_formats_names_every_quantizer_and_the_engines_that_run_it(t
     from qexp.jobs import compose_jobs
 
     page = (ROOT / "docs" / "formats.md").read_text()
-    rows = dict(re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \|$", page, re.MULTILINE))
+    formats, _, calibrations = page.partition("## Calibrations")
+    listed = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", calibrations, re.MULTILINE))))
+    assert {path.stem.split("_99")[0] for path in (ROOT / "conf" / "calibration").glob("*.yaml")} == listed
+    rows = dict(re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \|$", formats, re.MULTILINE))
     assert rows.keys() == {path.stem for path in (ROOT / "conf" / "quantizer").glob("*.yaml")}
     (tmp_path / "my.txt").write_text("-1\n0\n2\n")
     for name, engines in rows.items():

@@ -30,6 +30,7 @@ from qexp.quant.dataflow import Dataflow, NotExportable, trace
 from qexp.quant.onnx_form import OPSET
 from qexp.quant.quantizer import Mode
 
+Graph = onnx.ModelProto
 INPUT, OUTPUT = "input", "output"
 aten = torch.ops.aten
 # Operators that have an ONNX form of their own; of a graph with any other, the exporter makes simpler ones first.

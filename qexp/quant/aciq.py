@@ -27,7 +27,7 @@ class ACIQ(Calibration):
 
     Signed data: b = E|x - mu|, sigma^2 = E (x - mu)^2, range [mu - alpha, mu + alpha]; mu = 0 for symmetric grids.
     Data without a sign are half of such a distribution around 0, with the b and sigma of their values above zero;
-    a grid that spends all its levels on one side has M + 1 bits there (their fused ReLU). Ranges are cut to the extrema.
+    a grid that spends all its levels on one side has M + 1 bits there (their fused ReLU). The extrema cut ranges.
     """
 
     distribution: str = "laplace"

@@ -1,4 +1,7 @@
-"""Formats of a few named levels: binary, powers of two and their sums, normal quantiles, k-means. Importing this file needs no torch."""
+"""Formats of a few named levels: binary, powers of two and their sums, normal quantiles, k-means.
+
+Importing this file needs no torch.
+"""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def site_shapes(model: nn.Module, images: Tensor) -> Shapes:
         return hook
 
     hooks = [
-        module.register_forward_hook(record(name, tuple(site for site in QUANTIZED[type(module)][1] if site != "output")))
+        module.register_forward_hook(record(name, QUANTIZED[type(module)][1]))
         for name, module in model.named_modules()
         if type(module) in QUANTIZED
     ]

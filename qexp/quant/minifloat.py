@@ -42,7 +42,8 @@ class Minifloat(LevelGrid):
         if self.scale not in SCALE_FORMATS:
             raise ValueError(f"scale={self.scale!r}: allowed are {', '.join(SCALE_FORMATS)}")
         if self.bits > 8:
-            raise ValueError(f"mantissa_bits={self.mantissa_bits}: E{self.exponent_bits} leaves {7 - self.exponent_bits}")
+            most = 7 - self.exponent_bits
+            raise ValueError(f"mantissa_bits={self.mantissa_bits}: E{self.exponent_bits} leaves {most} of 8 bits")
         if len(self.unit) < 3:
             raise ValueError(f"specials={self.specials!r}: leaves {self.format} no number besides zero")
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 SCALE_FORMATS = {
     "float32": (32, "the usual one"),
     "power_of_two": (8, "shifts in place of products: Jain et al. 2020 (TQT), section 3; S rounded up to 2^k"),
-    "e8m0": (8, "the shared exponent of OCP Microscaling Formats v1.0, section 6.3: rounded down, the maximum saturates"),
+    "e8m0": (8, "OCP Microscaling Formats v1.0, section 6.3: 2^k rounded down, the maximum saturates"),
     "e4m3": (8, "NVFP4: an FP8 scale for each block, and one float32 for the tensor"),
 }
 SMALLEST_NORMAL = 2.0**-126

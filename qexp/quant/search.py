@@ -1,4 +1,7 @@
-"""Clipping ranges found by trying: least squared error, half-quadratic, cross-entropy of the logits. Importing this needs no torch."""
+"""Clipping ranges found by trying: least squared error, half-quadratic, cross-entropy of the logits.
+
+Importing this file needs no torch.
+"""
 
 from __future__ import annotations
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from qexp.quant.granularity import Granularity, PerTensor, blocks
 from qexp.quant.stats import Statistics, require_values
 
+PER_TENSOR = PerTensor()
+
 
 class Sketch(nn.Module):
     """All that calibrations ask of a stream, in memory that does not grow: one pass serves every one of them.
@@ -32,7 +34,7 @@ class Sketch(nn.Module):
     octaves = 20
     smallest_exponent = -126 + 20  # below it float32 has fewer fraction bits
 
-    def __init__(self, granularity: Granularity = PerTensor(), shape: tuple[int, ...] = (1,), constant: float = 0.01):
+    def __init__(self, granularity: Granularity = PER_TENSOR, shape: tuple[int, ...] = (1,), constant: float = 0.01):
         super().__init__()
         self.granularity, self.constant = granularity, constant
         groups = 1
@@ -107,7 +109,7 @@ class Sketch(nn.Module):
         shift = (exponent - int(self.exponent)) << self.fraction
         if shift <= 0:
             return
-        negative, positive = (side.clone() for side in (self.counts[:, : self.side].flip(1), self.counts[:, self.side :]))
+        negative, positive = self.counts[:, : self.side].flip(1), self.counts[:, self.side :].clone()
         sides = []
         for cells in negative, positive:
             moved = torch.zeros_like(cells)
@@ -193,7 +195,7 @@ def _nonzeros(rows: Tensor, scratch: Tensor) -> Tensor:
 
 
 def _largest(rows: Tensor, sign: int, count: int, kept: Tensor) -> Tensor:
-    """What of sign * rows may belong to the `count` largest of each row, when values up to `kept` are known to be no news.
+    """What of sign * rows may belong to the `count` largest of each row, values up to `kept` being no news.
 
     Of a large tensor, pieces whose extremum is too small are passed over: the count-th largest of the extrema is no
     larger than the count-th largest value.

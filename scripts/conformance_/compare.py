@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
+
 from conformance_.exact import answers
 from conformance_.inputs import Array, Case
-
 from qexp.quant.grid import Grid, IntegerGrid
 
 ASPECTS = ("scale", "codes", "values", "gradient")

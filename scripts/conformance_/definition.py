@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 import torch
+
 from conformance_.compare import Answers, Tally, Tool
 from conformance_.exact import answers
 from conformance_.inputs import Case
-
 from qexp.quant.grid import IntegerGrid
 from qexp.quant.observers import Observer
 

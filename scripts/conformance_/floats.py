@@ -7,9 +7,9 @@ from collections.abc import Callable
 import ml_dtypes
 import numpy as np
 import torch
+
 from conformance_.compare import Answers, Reason, Tool
 from conformance_.inputs import Array, Case
-
 from qexp.quant.grid import Grid
 from qexp.quant.minifloat import Minifloat
 

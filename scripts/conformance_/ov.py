@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import openvino
 import openvino.opset13 as op
+
 from conformance_.compare import Answers, Points, Reason, Tool
 from conformance_.inputs import Array, Case
 from conformance_.own import qdq

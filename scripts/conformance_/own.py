@@ -6,10 +6,11 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from onnx import TensorProto, helper, numpy_helper
+
 from conformance_.compare import Answers, Tool, gradient
 from conformance_.inputs import Case
 from conformance_.reasons import denormal_reciprocal, reciprocal, wraps_in_int64
-from onnx import TensorProto, helper, numpy_helper
 
 
 def fake_quantize_torch(case: Case) -> Answers:

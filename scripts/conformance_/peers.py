@@ -6,11 +6,11 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+
 from conformance_.compare import Answers, Points, Reason, Tool
 from conformance_.floats import round_to
 from conformance_.inputs import Array, Case
 from conformance_.reasons import denormal_reciprocal, exact_tie, last_place, odd_tie, reciprocal, ulp
-
 from qexp.quant.grid import Grid, IntegerGrid
 from qexp.quant.minifloat import Minifloat
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+
 from conformance_.compare import Points, Reason
 from conformance_.inputs import Array
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from conformance_.compare import ASPECTS, Tally, Tool
-
 from qexp.quant.grid import CONVENTIONS, Grid, IntegerGrid
 
 HEAD = ("what", "scales", "format", "bits", "inputs that differ", "which ones, and why",

@@ -6,7 +6,6 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
-
 from torch.ao.quantization import MovingAverageMinMaxObserver
 
 from qexp.quant.aciq import ACIQ

@@ -118,7 +118,9 @@ def test_half_quadratic_is_its_equations_in_numpy(draw, grid):
     assert lp_error(x, *found, grid) == pytest.approx(least, rel=1e-3)
 
 
-@pytest.mark.parametrize("options", [(0.5, 10.0, 1.01, 20), (0.9, 3.0, 1.1, 7, 3), (1.0, 1.0, 1.0, 5, 1), (0.7, 9.0, 1.0, 1, 2)])
+@pytest.mark.parametrize(
+    "options", [(0.5, 10.0, 1.01, 20), (0.9, 3.0, 1.1, 7, 3), (1.0, 1.0, 1.0, 5, 1), (0.7, 9.0, 1.0, 1, 2)]
+)
 def test_half_quadratic_means_its_options(options):
     x = sample("outliers")
     for grid in IntegerGrid(3, "affine"), IntegerGrid(3), NormalFloat(4):
