@@ -189,10 +189,17 @@ def _summary(jobs: list[Job], code: int) -> int:
         metrics = read_metrics(folder) if _ended.get(identity) is None else None
         rows.append({"choice": job.choice, "metrics": metrics, "run_id": identity})
     output.print(sweep_table(rows))
+    output.print(f"formats of weights and activations: {_formats(jobs)}", markup=False)
     failed = [row["run_id"] for row in rows if row["metrics"] is None]
     if failed:
         print(f"qexp: {len(failed)} of {len(rows)} runs failed: {', '.join(dict.fromkeys(failed))}", file=sys.stderr)
     return 1 if failed else code
+
+
+def _formats(jobs: list[Job]) -> str:
+    """What the names in a table mean, each once."""
+    recipes = [job.settings.recipe for job in jobs if job.settings.method != "fp32"]
+    return "; ".join(dict.fromkeys(f"{recipe.weight.grid}, {recipe.activation.grid}" for recipe in recipes)) or "float32"
 
 
 def _complain(error: Exception, what: str = "") -> None:

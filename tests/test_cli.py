@@ -124,6 +124,7 @@ def test_a_sweep_goes_on_after_a_failure_and_says_so(qexp, folder):
     code, out, err = qexp(*words)
     assert code == 1
     assert "6 runs" in out
+    assert "formats of weights and activations: int8 restricted, uint8 affine\n" in out
     assert err.count("training diverged: the loss is nan") == 2  # the doubled seed ran once
     assert re.search(r"qexp: 3 of 6 runs failed: \w{12}, \w{12}$", err.strip())
     assert len(list(folder.glob("outputs/runs/*/metrics.json"))) == 2

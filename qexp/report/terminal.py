@@ -161,7 +161,11 @@ def report(job) -> None:
         if flips > BEWARE * len(job.reference):
             text = f"beware: {name} decides {flips} of {len(job.reference)} samples otherwise than the simulation"
             output.print(f"{text}: its figures are its own, the simulation does not explain them", markup=False)
-    output.print(run_table(job.metrics, engines, job.settings.label))
+    title = job.settings.label
+    if job.settings.method != "fp32":
+        recipe = job.settings.recipe
+        title += f"\nweights {recipe.weight}\nactivations {recipe.activation}"
+    output.print(run_table(job.metrics, engines, title))
     where(job)
 
 
