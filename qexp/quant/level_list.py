@@ -11,6 +11,8 @@ from pathlib import Path
 
 from qexp.quant.levels import LevelGrid
 
+MOST_LEVELS = 2**16  # as integers of 16 bits have
+
 
 @dataclass(frozen=True)
 class Levels(LevelGrid):
@@ -29,6 +31,8 @@ class Levels(LevelGrid):
 
     def __post_init__(self) -> None:
         levels, thresholds = self.values, self.thresholds
+        if self.file is not None and not isinstance(self.file, (str, Path)):
+            raise ValueError(f"file={self.file!r}: must name a text file with one level a line")
         if self.file is not None and levels is None:
             levels, thresholds = _read_levels(self.file)
         where = "values" if self.file is None else f"file={self.file}"
@@ -37,6 +41,8 @@ class Levels(LevelGrid):
         levels = _numbers(where, "level", levels)
         if len(levels) < 2:
             raise ValueError(f"{where}: holds {len(levels)} levels, at least 2 are needed")
+        if len(levels) > MOST_LEVELS:
+            raise ValueError(f"{where}: holds {len(levels)} levels, at most {MOST_LEVELS} are allowed")
         _require_increasing(where, "levels", levels)
         if not 2.0**-100 <= max(map(abs, levels)) <= 2.0**100:
             raise ValueError(f"{where}: levels must lie between -2^100 and 2^100, not all within 2^-100")
@@ -71,7 +77,9 @@ def _read_levels(file: str) -> tuple[list[str], list[str] | None]:
     """The words of a file of levels. Errors: ValueError naming the file, and the line where there is one."""
     path = Path(file)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise OSError(0, "it is no file")  # reading a device might never end
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # editors may put a mark in front
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it is no text"
         raise ValueError(f"file={file}: cannot be read ({why})") from None

@@ -380,8 +380,26 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         with pytest.raises(ValueError, match=why) as error:
             Levels(file=str(file))
         assert str(error.value).startswith(f"file={file}: cannot be read")
+    with pytest.raises(ValueError, match="^file=5: must name a text file"):
+        Levels(file=5)
     with pytest.raises(ValueError, match="file=None: must name a text file"):
         Levels()
+
+
+def test_a_device_is_no_file_of_levels():
+    with pytest.raises(ValueError, match=r"^file=/dev/zero: cannot be read \(it is no file\)$"):
+        Levels(file="/dev/zero")  # it has no end
+
+
+def test_a_file_may_hold_as_many_levels_as_16_bits_and_no_more(tmp_path):
+    lines = "\n".join(map(str, range(2**16 + 1)))
+    with pytest.raises(ValueError, match="holds 65537 levels, at most 65536 are allowed"):
+        Levels(file=levels_file(tmp_path, lines))
+    assert Levels(file=levels_file(tmp_path, lines.rpartition("\n")[0])).bits == 16
+
+
+def test_the_mark_that_editors_put_in_front_of_a_file_is_no_level(tmp_path):
+    assert Levels(file=levels_file(tmp_path, "\ufeff-1\n1\n")).unit == (-1, 1)
 
 
 def test_a_negative_zero_in_a_file_is_zero(tmp_path):
