@@ -164,7 +164,8 @@ def blamed(error: ValueError) -> str:
     text = str(error)
     if text.startswith("exclude"):
         return f"quantizer.{text}"
-    return f"{'granularity' if ' blocks ' in text else 'quantizer'}: {text}"
+    about_blocks = " blocks " in text or "a tensor of shape" in text
+    return f"{'granularity' if about_blocks else 'quantizer'}: {text}"
 
 
 def trainer(config: dict[str, Any], update: terminal.Update, fit: bool = False, logger: Any = False) -> pl.Trainer:

@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 
 from qexp.jobs import compose_jobs
+from qexp.prepare import blamed
+from qexp.quant.granularity import PerBlock, PerChannel, PerGroup
+from qexp.quant.recipe import Recipe, Scheme
+from qexp.quant.rounding import Floor
 from qexp.settings import ConfigError
 from qexp.store import run_id
 
@@ -202,3 +206,15 @@ def test_a_refusal_needs_no_torch(tmp_path, asked, sentence):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines() == [f"qexp: {sentence}"]
+
+
+@pytest.mark.parametrize("granularity", [PerChannel(9), PerBlock(2, 2), PerGroup(5)], ids=str)
+def test_blocks_that_do_not_fit_are_blamed_on_the_granularity(granularity):
+    with pytest.raises(ValueError) as error:
+        granularity.param_shape((7,))
+    assert blamed(error.value).startswith("granularity: ")
+
+
+def test_the_sentence_about_a_rounding_that_no_engine_has_is_one():
+    recipe = Recipe(activation=Scheme(rounding=Floor()))
+    assert recipe.simulation_only == "activations are rounded by floor, while engines round half to even"

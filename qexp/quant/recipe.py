@@ -33,7 +33,7 @@ class Scheme:
             fits = isinstance(self.grid, IntegerGrid) and self.grid.stores_as_int8
             shared = self.granularity == PerTensor()
             if self.rounding != HalfEven():
-                return f"rounding {self.rounding}, while engines round half to even"
+                return f"rounded by {self.rounding}, while engines round half to even"
         if not fits:
             return f"{self.grid}, whose values are no 8-bit integers times a scale"
         return None if shared else f"{self.granularity}, whose scales do not stand outside of a sum of products"
