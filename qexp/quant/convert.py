@@ -93,6 +93,8 @@ def quantize_(
     if logits is not None:
         layer = model.get_submodule(logits)
         _add_quantizer(layer, f"{logits}.output", recipe.logits_scheme, {f"{logits}.output": (1, len(layer.weight))})
+    for _, layer in layers(model):
+        layer.train(layer.training)  # in a network that is evaluated, a random rounding draws once
 
 
 def _add_quantizer(module: nn.Module, site: str, scheme: Scheme, shapes: Shapes | None) -> None:

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from qexp.quant import convert, rounding
+from qexp.quant import recipe as recipes
 from qexp.quant.calibration import MinMax, MovingAverage, Percentile
 from qexp.quant.convert import (
     calibrating,
@@ -331,3 +333,14 @@ def test_a_printed_model_shows_every_choice():
     text = repr(calibrated(recipe=Recipe(RECIPE.weight, Scheme(IntegerGrid(4, "affine"), calibration=MSE(5)))))
     assert text.count("Quantizer(int8 restricted, per_channel, minmax, quantize)") == 2
     assert text.count("Quantizer(uint4 affine, per_tensor, mse(5), quantize)") == 3
+
+
+def test_weights_rounded_at_random_stay_the_same_in_a_network_that_is_evaluated():
+    net = torch.nn.Sequential(torch.nn.Linear(64, 64)).eval()
+    scheme = recipes.Scheme(recipes.IntegerGrid(4), rounding=rounding.Stochastic(0))
+    convert.quantize_(net, recipes.Recipe(weight=scheme))
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    with convert.calibrating(net):
+        net(x)
+    assert not any(module.training for module in net.modules())
+    assert torch.equal(net(x), net(x))
