@@ -199,7 +199,8 @@ def _summary(jobs: list[Job], code: int) -> int:
 def _formats(jobs: list[Job]) -> str:
     """What the names in a table mean, each once."""
     recipes = [job.settings.recipe for job in jobs if job.settings.method != "fp32"]
-    return "; ".join(dict.fromkeys(f"{recipe.weight.grid}, {recipe.activation.grid}" for recipe in recipes)) or "float32"
+    pairs = dict.fromkeys(f"{recipe.weight.grid}, {recipe.activation.grid}" for recipe in recipes)
+    return "; ".join(pairs) or "float32"
 
 
 def _complain(error: Exception, what: str = "") -> None:

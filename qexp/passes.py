@@ -1,16 +1,23 @@
-"""Passes over data: the test pass of Lightning and what is read from it."""
+"""Passes of Lightning over data: calibration, the test pass, and what is read from it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytorch_lightning as pl
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from qexp import prepare
+from qexp.quant.convert import calibrating, observing, recall_
+from qexp.quant.dataflow import Dataflow
+from qexp.quant.layers import QuantLinear
+from qexp.quant.observers import Observer
+from qexp.quant.quantizer import Quantizer
 from qexp.report import terminal
 from qexp.settings import Settings
+from qexp.store import TensorCache
 from qexp.tasks.ptq import PTQTask
 
 
@@ -37,3 +44,44 @@ def accuracy_of(task: PTQTask) -> float:
 def agreement(logits: Tensor, reference: Tensor) -> float:
     """Share of samples on which both decide alike."""
     return float((logits.argmax(1) == reference.argmax(1)).double().mean())
+
+
+def calibrate_(
+    model: nn.Module, settings: Settings, data: pl.LightningDataModule, flow: Dataflow, sketches: TensorCache
+) -> None:
+    """One pass over the calibration data, unless one over the same data and network has been made before."""
+    with calibrating(model), sketches.lock():
+        seen = sketches.load() or {}
+        asked = len(observing(model))
+        recall_(model, seen)
+        if observers := observing(model):
+            with _logits_observed(model, flow) as more:
+                calibration_pass(model, settings, data)
+            states = {key: observer.state() for key, observer in (observers | more).items()}
+            sketches.save(seen | states)
+        elif asked:
+            terminal.console.print("[dim]       -[/dim]  calibration pass from the cache")
+
+
+def calibration_pass(model: nn.Module, settings: Settings, data: pl.LightningDataModule) -> None:
+    """Let the calibration data run through the model."""
+    loader = prepare.calibration_loader(data, settings.seed)
+    with terminal.stage("calibration pass") as update:
+        task = PTQTask(model, data.num_classes)
+        prepare.trainer(settings.config, update).validate(task, loader, verbose=False)
+
+
+@contextmanager
+def _logits_observed(model: nn.Module, flow: Dataflow) -> Iterator[dict[str, Observer]]:
+    """Look at the logits, too, whatever is asked for, so that a sweep over all calibrations makes one pass."""
+    name = flow.logits_layer()
+    layer = model.get_submodule(name) if name else None
+    if not isinstance(layer, QuantLinear) or isinstance(layer.output_quantizer, Quantizer):
+        yield {}
+        return
+    observer = Observer(row_length=layer.out_features)
+    hook = layer.register_forward_hook(lambda layer, inputs, output: observer.update(output))
+    try:
+        yield {f"{name}.output: {observer.key}": observer}
+    finally:
+        hook.remove()

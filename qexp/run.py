@@ -22,11 +22,8 @@ from qexp.metrics.footprint import footprint
 from qexp.metrics.sites import measuring_sites
 from qexp.metrics.sqnr import QuantizationNoise, sqnr_db
 from qexp.quant.convert import (
-    calibrating,
     fold_batchnorm_,
-    observing,
     quantize_,
-    recall_,
     site_shapes,
     targets,
     unquantized,
@@ -35,7 +32,6 @@ from qexp.quant.dataflow import Dataflow, NotExportable, additions_to_modules
 from qexp.report import terminal
 from qexp.settings import ConfigError, Settings, build
 from qexp.store import TensorCache, replacing, run_id, writable
-from qexp.tasks.ptq import PTQTask
 from qexp.tracking import RunInfo
 
 
@@ -157,7 +153,7 @@ def _quantize(job: Run) -> None:
     except ValueError as error:
         raise ConfigError(prepare.blamed(error)) from None
     start = time.perf_counter()
-    _calibrate(job, model)
+    passes.calibrate_(model, settings=job.settings, data=job.data, flow=job.flow, sketches=job.sketches)
     job.metrics["time/calibrate_s"] = time.perf_counter() - start
     products = [(name, "product", "written as a function") for name in job.flow.functional_products()]
     sums = [(name, "addition", "written as a function") for name in job.flow.functional_additions()]
@@ -174,26 +170,6 @@ def _logits_layer(job: Run, quantized: set[str]) -> str | None:
         what = f"the output of layer {name!r}, which is excluded," if name else "what is no output of a layer"
         raise ConfigError(f"calibration.logits={recipe.logits}: {type(job.net).__name__} returns {what}; choose null")
     return name
-
-
-def _calibrate(job: Run, model: nn.Module) -> None:
-    """One pass over the calibration data, unless one over the same data and network has been made before."""
-    with calibrating(model), job.sketches.lock():
-        seen = job.sketches.load() or {}
-        asked = len(observing(model))
-        recall_(model, seen)
-        if observers := observing(model):
-            _calibration_pass(job, model)
-            job.sketches.save(seen | {key: observer.state() for key, observer in observers.items()})
-        elif asked:
-            terminal.console.print("[dim]       -[/dim]  calibration pass from the cache")
-
-
-def _calibration_pass(job: Run, model: nn.Module) -> None:
-    loader = prepare.calibration_loader(job.data, job.settings.seed)
-    with terminal.stage("calibration pass") as update:
-        task = PTQTask(model, job.data.num_classes)
-        prepare.trainer(job.settings.config, update).validate(task, loader, verbose=False)
 
 
 def _deploy_all(job: Run) -> None:
@@ -236,6 +212,8 @@ def _deploy(job: Run, engine: Engine, graph: onnx.ModelProto) -> tuple[dict[str,
         simulation = simulation_for(engine, job.quantized, job.flow)
         figures, noise = _simulate(job, simulation, update)
         deployment = deploy(engine, graph, simulation, job.flow, threads)
+        if deployment.mac_coverage == 0:
+            raise EngineRefused(engine, "it would run every layer in float, which is not timed as int8")
         batches = passes.counted(job.data.test_dataloader(), update)
         logits = certify_deployment(deployment, batches, threads)
         figures |= record.deployment_metrics(deployment, job.flow)

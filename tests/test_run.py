@@ -387,6 +387,15 @@ def test_an_engine_that_refuses_is_named_and_the_other_goes_on(tmp_path, monkeyp
     assert not [path.name for path in job.folder.iterdir() if "moody" in path.name]
 
 
+def test_an_engine_that_would_run_in_float_is_not_timed_as_int8(tmp_path):
+    # Weights with a zero point: OpenVINO has no int8 kernel for them, ONNX Runtime has.
+    job = start(tmp_path, "quantizer.weight.convention=affine")
+    refusal = "openvino refuses the graph: it would run every layer in float, which is not timed as int8"
+    assert job.metrics["engine/refused"] == refusal
+    assert job.metrics["onnxruntime/int8/mac_coverage"] == 1
+    assert not [name for name in job.metrics if name.startswith("openvino/")]
+
+
 def test_a_network_that_no_engine_runs_is_simulated_and_never_timed(tmp_path, monkeypatch):
     (tmp_path / "moody.py").write_text(MOODY)
     monkeypatch.syspath_prepend(tmp_path)

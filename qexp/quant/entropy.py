@@ -40,6 +40,8 @@ class Entropy(Calibration):
     def range(self, stats: Statistics, grid: Grid) -> tuple[Tensor, Tensor]:
         import torch
 
+        if stats.points.shape[1] == 1:  # one value in each block is its own range
+            return stats.lo, stats.hi
         magnitude = stats.lo.neg().maximum(stats.hi)
         threshold = magnitude.clone()
         # Rows with and without a sign have different numbers of levels.

@@ -189,6 +189,8 @@ class IntegerGrid(Grid):
             magnitude = lo.neg().maximum(hi) if self.signed else hi
             scale = as_format(self.scale, magnitude, CONVENTIONS[self.convention].divisor(self.bits))
             return QParams(scale, scale.new_zeros(scale.shape))
+        if not bool((hi - lo).isfinite().all()):
+            raise ValueError("a clipping range from lo to hi is wider than the largest float32")
         scale = as_format(self.scale, hi - lo, 2**self.bits - 1)
         zero_point = self.quant_min - (lo / scale).round()
         return QParams(scale, zero_point.clamp(self.quant_min, self.quant_max))
@@ -225,6 +227,6 @@ class IntegerGrid(Grid):
 
 def checked_range(lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
     """The clipping range [lo, hi] as float32, widened to contain 0. Errors: ValueError unless finite and lo <= hi."""
-    if not bool((lo <= hi).all()) or not bool((hi - lo).isfinite().all()):
+    if not bool((lo <= hi).all()) or not bool((lo.isfinite() & hi.isfinite()).all()):
         raise ValueError("a clipping range needs finite lo <= hi")
     return lo.float().clamp(max=0.0), hi.float().clamp(min=0.0)

@@ -237,6 +237,12 @@ def test_entropy_keeps_the_whole_range_of_a_uniform_tensor():
     assert span(Entropy(512, 64), at_hand(np.concatenate([x, -x])), IntegerGrid(6)) == (-1, 1)
 
 
+def test_entropy_of_a_block_of_one_value_is_that_value():
+    x = torch.randn(50_000, 1)  # one by one, this would take minutes
+    lo, hi = Entropy().range(Statistics.of(x, (1, 1)), AFFINE)
+    assert torch.equal(lo, x[:, 0]) and torch.equal(hi, x[:, 0])
+
+
 def test_entropy_does_not_see_how_many_zeros_there_are():
     x = after_relu()
     more = np.concatenate([x, np.zeros(200_000, np.float32)])

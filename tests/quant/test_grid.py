@@ -187,3 +187,10 @@ def test_ranges_that_are_none_are_refused(convention, lo, hi):
     good = torch.zeros(1)
     with pytest.raises(ValueError, match="finite lo <= hi"):
         IntegerGrid(8, convention).qparams(torch.cat([good, torch.tensor([lo])]), torch.cat([good, torch.tensor([hi])]))
+
+
+def test_a_range_whose_width_is_no_float32_has_a_symmetric_scale_and_no_affine_one():
+    lo, hi = torch.tensor(-3e38), torch.tensor(3e38)
+    assert IntegerGrid(8).qparams(lo, hi).scale == hi / 127
+    with pytest.raises(ValueError, match="wider than the largest float32"):
+        IntegerGrid(8, "affine").qparams(lo, hi)
