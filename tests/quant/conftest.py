@@ -4,6 +4,7 @@ from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 DIVISORS = {
     "full_range": lambda b: Fraction(2**b - 1, 2),
@@ -60,3 +61,12 @@ def dequantize(code, scale, zero_point):
 def exact():
     """The functions above."""
     return SimpleNamespace(qparams=qparams, quantize=quantize, dequantize=dequantize, codes_of=codes_of)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Many small tensors: threads that wait for each other take ten times as long on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -19,21 +19,14 @@ from qexp.quant.search import MSE, CrossEntropy, HalfQuadratic
 from qexp.quant.sketch import Sketch
 from qexp.quant.stats import Statistics
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 AFFINE, SYMMETRIC = IntegerGrid(8, "affine"), IntegerGrid(8, "restricted")
 ALL = [
     MinMax(), MovingAverage(), Percentile(99.0), MSE(20), Entropy(512, 64), ACIQ(), ACIQ("normal"), HalfQuadratic()
 ]  # fmt: skip
 EVERY_CALIBRATION = pytest.mark.parametrize("calibration", ALL, ids=str)
 examples = settings(max_examples=60, deadline=None)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Many small tensors: threads that wait for each other take ten times as long on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def normal(n=20_000):

@@ -11,14 +11,7 @@ from qexp.quant.granularity import PerChannel, PerTensor
 from qexp.quant.observers import Observer, RowSample, _hash
 from qexp.quant.stats import Statistics
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Many small tensors: threads that wait for each other take ten times as long on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 KINDS = {

@@ -17,6 +17,8 @@ from qexp.quant.search import MSE, CrossEntropy, HalfQuadratic
 from qexp.quant.sketch import Sketch
 from qexp.quant.stats import Statistics
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 UNIFORM = [IntegerGrid(b, c) for b in (2, 3, 4, 8) for c in ("affine", "restricted", "full_range", "unsigned")]
 LEVELS = [NormalFloat(4), Minifloat(4, 3, "fn"), Minifloat(2, 1, "none")]
 EVERY_GRID = pytest.mark.parametrize("grid", UNIFORM + LEVELS, ids=str)
@@ -27,15 +29,6 @@ DRAWS = {
     "outliers": lambda rng, n: np.concatenate([rng.laplace(size=n - 6), [60, -55, 48, 70, -44, 30]]),
 }
 EVERY_DRAW = pytest.mark.parametrize("draw", DRAWS)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Many small tensors: threads that wait for each other take ten times as long on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def sample(draw, n=2000):

@@ -14,6 +14,8 @@ from qexp.quant.granularity import PerChannel
 from qexp.quant.grid import IntegerGrid
 from qexp.quant.sketch import Sketch, _largest
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OF_BATCHES = {"first", "faded", "batches"}  # the only buffers that know how the data were cut
 OCTAVES = 20
 # Magnitudes from 2^-60 to 2^60, zeros of both signs and denormals.
@@ -23,15 +25,6 @@ numbers = st.one_of(
 )
 samples = st.lists(numbers, min_size=1, max_size=40)
 examples = settings(max_examples=60, deadline=None)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Many small tensors: threads that wait for each other take ten times as long on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def sketched(batches, channels=0, constant=0.01):
