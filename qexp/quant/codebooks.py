@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import TYPE_CHECKING, ClassVar
 
-from qexp.quant.levels import LevelGrid, require_bits, require_bool
+from qexp.quant.checks import require_bits, require_bool
+from qexp.quant.levels import LevelGrid
 
 if TYPE_CHECKING:
     from qexp.quant.affine import QParams

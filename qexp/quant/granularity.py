@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qexp.quant.checks import require_bool, require_whole
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -85,7 +87,7 @@ class PerChannel(Granularity):
     axis: int = 0
 
     def __post_init__(self) -> None:
-        _require_whole("axis", self.axis, 0)
+        require_whole("axis", self.axis, 0)
 
     def block_shape(self, shape: Shape) -> Shape:
         if self.axis >= len(shape):
@@ -156,8 +158,8 @@ class PerGroup(Granularity):
     pad: bool = False
 
     def __post_init__(self) -> None:
-        _require_whole("size", self.size, 1)
-        _require_bool("pad", self.pad)
+        require_whole("size", self.size, 1)
+        require_bool("pad", self.pad)
 
     def block_shape(self, shape: Shape) -> Shape:
         axis = features_axis(shape)
@@ -184,9 +186,9 @@ class PerBlock(Granularity):
     pad: bool = False
 
     def __post_init__(self) -> None:
-        _require_whole("rows", self.rows, 1)
-        _require_whole("columns", self.columns, 1)
-        _require_bool("pad", self.pad)
+        require_whole("rows", self.rows, 1)
+        require_whole("columns", self.columns, 1)
+        require_bool("pad", self.pad)
 
     def block_shape(self, shape: Shape) -> Shape:
         if len(shape) < 2:
@@ -260,13 +262,3 @@ def blocks(x: Tensor, block_shape: Shape) -> Tensor:
     blocked = split(x, block_shape)
     order = [*range(0, blocked.dim(), 2), *range(1, blocked.dim(), 2)]
     return blocked.permute(order).reshape(-1, math.prod(block_shape))
-
-
-def _require_whole(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r}: must be an integer of at least {least}")
-
-
-def _require_bool(name: str, value: bool) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}={value!r}: allowed are true and false")

@@ -168,14 +168,3 @@ def _thresholds(levels: Tensor, middles: tuple[float, ...] | None, rounding: Rou
     levels = levels.double()  # in which the mean of two float32 numbers is exact
     means = (levels[:-1] + levels[1:]) / 2 if middles is None else torch.tensor(middles).to(levels)
     return rounding.thresholds(levels, means, torch.arange(len(means), device=levels.device) - zero_index)
-
-
-def require_bits(bits: int, least: int, most: int) -> None:
-    """Raise ValueError unless bits is an integer from least to most."""
-    if isinstance(bits, bool) or not isinstance(bits, int) or not least <= bits <= most:
-        raise ValueError(f"bits={bits!r}: allowed are the integers {least} to {most}")
-
-
-def require_bool(name: str, value: bool) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}={value!r}: allowed are true and false")

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from qexp.quant.levels import LevelGrid, require_bits
+from qexp.quant.checks import require_bits
+from qexp.quant.levels import LevelGrid
 
 
 @dataclass(frozen=True)
