@@ -61,7 +61,9 @@ def test_the_binary_version_is_read_first(cifar_root):
     folder = cifar_root / "cifar-10-batches-py"
     folder.mkdir()
     (folder / "data_batch_1").write_bytes(b"never read")
-    CIFAR10(cifar_root, calibration_size=4).setup()
+    data = CIFAR10(cifar_root, calibration_size=4)
+    data.setup()
+    assert len(data.splits[0]) == 100
 
 
 def test_pixels_are_stored_channel_first_and_normalised(cifar_root, cifar_batches):

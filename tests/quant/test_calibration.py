@@ -348,13 +348,14 @@ def test_a_stream_is_refused_a_calibration_that_cannot_tell_its_steps_apart(grid
 
 @pytest.mark.parametrize(("grid", "calibration"), TOO_COARSE[:4], ids=str)
 def test_what_is_at_hand_as_a_whole_may_have_any_width(grid, calibration):
-    Recipe(weight=Scheme(grid, calibration=calibration))
-    Recipe(activation=Scheme(grid, PerToken(), calibration))
+    assert Recipe(weight=Scheme(grid, calibration=calibration)).weight.grid == grid
+    assert Recipe(activation=Scheme(grid, PerToken(), calibration)).activation.grid == grid
 
 
 @pytest.mark.parametrize("calibration", [MinMax(), MovingAverage(), Percentile(), ACIQ()], ids=str)
 def test_calibrations_of_few_numbers_take_16_bits_of_a_stream(calibration):
-    Recipe(activation=Scheme(IntegerGrid(16, "affine"), calibration=calibration), logits=CrossEntropy())
+    recipe = Recipe(activation=Scheme(IntegerGrid(16, "affine"), calibration=calibration), logits=CrossEntropy())
+    assert recipe.logits_scheme.grid.bits == 16
 
 
 @pytest.mark.parametrize("calibration", [MSE(20), Entropy(), HalfQuadratic()], ids=str)
