@@ -25,9 +25,10 @@ def test_values_and_gradients_are_those_of_the_eager_form(rounding, convention, 
     x = torch.randn(6, 257, generator=torch.Generator().manual_seed(0))
     rows = x.view(channels, -1)
     qparams = grid.qparams(*(0.7 * bound for bound in (rows.amin(1, keepdim=True), rows.amax(1, keepdim=True))))
-    # Ties and ends of the range, where a rounding or a mask that is off by one float shows.
-    ties = (torch.arange(-20, 21) + 0.5) * qparams.scale[:1]
-    x[:, :41] = torch.cat([torch.nextafter(ties, ties + way) for way in (-1, 0, 1)] * 2)
+    # Levels, ties and their neighbours, where a rounding or a mask that is off by one float shows.
+    row_scale = qparams.scale.expand(channels, 1).repeat_interleave(6 // channels, 0)  # (6, 1)
+    marks = torch.arange(-20, 20.5, 0.5) * row_scale  # (6, 81)
+    x[:, :243] = torch.cat([torch.nextafter(marks, marks + way) for way in (-1, 0, 1)], 1)
     expected, found = (both_ways(module, x, qparams, grid, rounding) for module in (affine, compiled))
     for wanted, got in zip(expected, found, strict=True):
         assert torch.equal(wanted, got)
