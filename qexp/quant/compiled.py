@@ -1,138 +1,116 @@
-"""The same fake-quantize compiled into one pass over memory, for training; results are equal to the bit.
+"""The same fake-quantize in one pass over memory, compiled for this CPU; values and gradients are equal to the bit.
 
-The first call for a shape compiles for some seconds (a C++ compiler is needed on a CPU), which pays off when a network
-trains for minutes. Stochastic rounding gains most: its hash costs a dozen passes otherwise.
+The first use compiles for some seconds (a C++ compiler is needed), the next ones of this machine load what was made.
+Stochastic rounding gains most: its hash costs a dozen passes otherwise.
 """
 
 from __future__ import annotations
 
+import ctypes
 import time
-from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
+from importlib.resources import files
+from typing import NamedTuple
 
 import torch
-import torch._inductor
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from qexp.quant.affine import CodeRange, QParams, inside_of
-from qexp.quant.rounding import HalfEven, Rounding, Stochastic, hashed_uniform
+from qexp.quant.affine import CodeRange, QParams
+from qexp.quant.rounding import HalfEven, Rounding, Stochastic
 
 HALF_EVEN = HalfEven()
+PIECE = 4096  # elements of a row where one scale serves all
 
 
 def fake_quantize(x: Tensor, qparams: QParams, grid: CodeRange, rounding: Rounding = HALF_EVEN) -> Tensor:
     """`qexp.quant.affine.fake_quantize`, compiled: the same values and the same gradient.
 
-    Errors: ValueError for a rounding other than half_even and stochastic.
+    Errors: ValueError for a rounding other than half_even and stochastic, and for a tensor that is not float32 on a
+    CPU; RuntimeError without a C++ compiler.
     """
     if not isinstance(rounding, (HalfEven, Stochastic)):
         raise ValueError(f"rounding={rounding}: compiled are half_even and stochastic")
-    x = x.contiguous()
-    inputs = [qparams.scale, qparams.zero_point, *_scalars(float(grid.quant_min), float(grid.quant_max))]
-    if rounding.is_random:
-        return _Random.apply(x, *inputs, torch.tensor(rounding.stream, dtype=torch.int32))
-    if qparams.scale.numel() > 1:
-        return _ManyScales.apply(x, *inputs)
-    return _OneScale.apply(x, *inputs, inside_of(grid, float(qparams.scale), int(qparams.zero_point)))
+    if x.dtype != torch.float32 or x.device.type != "cpu":
+        raise ValueError(f"a tensor of {x.dtype} on {x.device}: compiled is float32 on a CPU")
+    return _FakeQuantize.apply(x, _Rows.of(x.shape, qparams), grid, rounding)
 
 
-class _OneScale(torch.autograd.Function):
-    """The mask is an interval of x."""
+class _Rows(NamedTuple):
+    """A tensor as rows of memory, and which scale belongs to which row."""
+
+    numel: int
+    inner: int
+    scale: Tensor
+    zero_point: Tensor
+
+    @classmethod
+    def of(cls, shape: torch.Size, qparams: QParams) -> _Rows:
+        scale, zero_point = qparams.scale, qparams.zero_point
+        if scale.numel() == 1:
+            return cls(shape.numel(), PIECE, scale, zero_point)
+        params = (1,) * (len(shape) - scale.dim()) + tuple(scale.shape)
+        own = [d for d, p in enumerate(params) if p > 1]
+        first, last = own[0], own[-1]
+        if params[first : last + 1] != tuple(shape[first : last + 1]):  # blocks that are not rows of memory
+            scale, last = scale.expand(shape), len(shape) - 1
+        scale, zero_point = scale.contiguous(), zero_point.expand(scale.shape).contiguous()
+        return cls(shape.numel(), shape[last + 1 :].numel(), scale, zero_point)
+
+    @property
+    def words(self) -> int:
+        """Words of 16 bits that hold a bit for each element, one for each vector of a row."""
+        return -(-self.numel // self.inner) * -(-self.inner // library().width())
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Of x one bit an element is kept: whether its code is in range."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, *inputs) -> Tensor:
-        *tensors, ctx.inside = inputs
-        ctx.save_for_backward(x)
-        return _run(_values, x, *tensors)
+    def forward(ctx, x: Tensor, rows: _Rows, grid: CodeRange, rounding: Rounding) -> Tensor:
+        x = x.contiguous()
+        y, inside = torch.empty_like(x), torch.empty(rows.words, dtype=torch.int16)
+        arguments = (
+            x.data_ptr(), y.data_ptr(), inside.data_ptr(), rows.scale.data_ptr(), rows.zero_point.data_ptr(),
+            grid.quant_min, grid.quant_max, rows.numel, rows.inner, rows.scale.numel(), torch.get_num_threads(),
+        )  # fmt: skip
+        if rounding.is_random:
+            library().drawn(*arguments, rounding.stream)
+        else:
+            library().nearest(*arguments)
+        ctx.inside, ctx.size = inside, (rows.numel, rows.inner)
+        return y
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return _run(_where_inside, grad, *ctx.saved_tensors, *_scalars(*ctx.inside)), *[None] * 5
+        grad = grad.contiguous()
+        out = torch.empty_like(grad)
+        arguments = grad.data_ptr(), out.data_ptr(), ctx.inside.data_ptr(), *ctx.size, torch.get_num_threads()
+        library().where_inside(*arguments)
+        return out, None, None, None
 
 
-class _ManyScales(torch.autograd.Function):
-    """Backward finds the codes anew, so only x is kept."""
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled kernels, made on first use. Errors: RuntimeError where that fails."""
+    from torch._inductor.codecache import CppCodeCache
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
-    @staticmethod
-    def forward(ctx, x: Tensor, *inputs: Tensor) -> Tensor:
-        ctx.save_for_backward(x, *inputs)
-        return _run(_values, x, *inputs)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return _run(_where_codes_inside, grad, *ctx.saved_tensors), *[None] * 4
-
-
-class _Random(torch.autograd.Function):
-    """A drawn code is inside for certain exactly where x / S itself is (see `affine.fake_quantize`)."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, *inputs: Tensor) -> Tensor:
-        *others, key = inputs
-        ctx.save_for_backward(x, *others)
-        return _run(_drawn_values, x, *others, key)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return _run(_where_quotient_inside, grad, *ctx.saved_tensors), *[None] * 5
+    source = files("qexp.quant").joinpath("kernels.cpp").read_text()
+    try:
+        lib = CppCodeCache.load(source, extra_flags=["-ftree-loop-vectorize"])
+    except (CppCompileError, InvalidCxxCompiler, OSError) as error:
+        raise RuntimeError(f"compiled fake-quantize needs a C++ compiler: {str(error).splitlines()[0]}") from error
+    tensor, number, size, count = ctypes.c_void_p, ctypes.c_float, ctypes.c_int64, ctypes.c_int
+    lib.nearest.argtypes = [tensor] * 5 + [number] * 2 + [size] * 3 + [count]
+    lib.drawn.argtypes = [*lib.nearest.argtypes, ctypes.c_int32]
+    lib.where_inside.argtypes = [tensor] * 3 + [size] * 2 + [count]
+    lib.nearest.restype = lib.drawn.restype = lib.where_inside.restype = None
+    lib.width.restype = size
+    return lib
 
 
-def _values(x: Tensor, scale: Tensor, zero_point: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
-    codes = (torch.round(x / scale) + zero_point).clamp(lowest, highest)
-    return (codes - zero_point) * scale
-
-
-def _drawn_values(
-    x: Tensor, scale: Tensor, zero_point: Tensor, lowest: Tensor, highest: Tensor, key: Tensor
-) -> Tensor:
-    quotient = x / scale
-    lower = quotient.floor()
-    index = torch.arange(x.numel(), dtype=torch.int32).view(x.shape)
-    codes = lower + (quotient - lower > hashed_uniform(index, key)) + zero_point
-    return (codes.clamp(lowest, highest) - zero_point) * scale
-
-
-def _where_inside(grad: Tensor, x: Tensor, below: Tensor, above: Tensor) -> Tensor:
-    return torch.where((x > below) & (x < above), grad, 0.0)
-
-
-def _where_codes_inside(
-    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, lowest: Tensor, highest: Tensor
-) -> Tensor:
-    codes = torch.round(x / scale) + zero_point
-    return torch.where((codes >= lowest) & (codes <= highest), grad, 0.0)
-
-
-def _where_quotient_inside(
-    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, lowest: Tensor, highest: Tensor
-) -> Tensor:
-    place = x / scale + zero_point
-    return torch.where((place >= lowest) & (place <= highest), grad, 0.0)
-
-
-@lru_cache(maxsize=1024)
-def _scalars(*values: float) -> tuple[Tensor, ...]:
-    return tuple(map(torch.tensor, values))
-
-
-# (function, threads, shapes) -> its loop; code is made for contiguous tensors of one shape and one number of threads.
-_loops: dict[tuple, Callable] = {}
-
-
-def _run(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """Call the generated loop; past torch.compile's checks of every argument, which would take longer than the loop."""
-    inputs = inputs if inputs[0].is_contiguous() else (inputs[0].contiguous(), *inputs[1:])
-    key = function, torch.get_num_threads(), *(x.shape for x in inputs)
-    if key not in _loops:
-        detached = [x.detach() for x in inputs]
-        _loops[key] = torch._inductor.compile(make_fx(lambda *args: function(*args))(*detached), detached)
-    return _loops[key](*inputs)
-
-
-def warm_up(x: Tensor, qparams: QParams, grid: CodeRange, rounding: Rounding = HALF_EVEN) -> float:
-    """Compile for inputs like this one; returns the seconds that it took."""
+def warm_up() -> float:
+    """Compile now; returns the seconds that it took."""
     start = time.perf_counter()
-    x = x.detach().clone().requires_grad_()
-    fake_quantize(x, qparams, grid, rounding).backward(torch.ones_like(x))
+    library()
     return time.perf_counter() - start

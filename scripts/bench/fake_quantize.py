@@ -166,8 +166,7 @@ def figures(case: Case, seconds: float) -> list[dict]:
             continue
         try:
             if name.endswith("compiled"):
-                rounding = [Stochastic()] if "stochastic" in name else []
-                seconds_to_compile[name] = compiled.warm_up(x, case.qparams, case.grid, *rounding)
+                seconds_to_compile[name] = compiled.warm_up()
             calls[name] = _both_ways(make(case), x, grad)
             calls[name]()
         except NotOffered:

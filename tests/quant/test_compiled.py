@@ -41,6 +41,57 @@ def test_other_roundings_are_refused():
         compiled.fake_quantize(torch.ones(3), affine.QParams(one, one * 0), grid, Floor())
 
 
+@pytest.mark.parametrize("shape", [(3, 5, 7), (1, 5, 1), (3, 1, 7), (1, 1, 7), (3, 5, 1), (3, 1, 1)], ids=str)
+def test_scales_of_any_shape_belong_to_their_elements(shape):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(3, 5, 7, generator=generator)
+    grid = IntegerGrid(3, "affine")
+    qparams = grid.qparams(-torch.rand(shape, generator=generator), torch.rand(shape, generator=generator))
+    expected, found = (both_ways(module, x, qparams, grid, HalfEven()) for module in (affine, compiled))
+    assert all(map(torch.equal, expected, found))
+
+
+def quotients_near_rounding_boundaries(scale, codes, generator):
+    """x whose float64 quotient lies as close as float32 can tell to where the float32 quotient rounds to a tie."""
+    ties = torch.arange(-codes, codes) + 0.5
+    up, down = (torch.nextafter(ties, torch.full_like(ties, way)) for way in (torch.inf, -torch.inf))
+    boundaries = torch.cat([ties.double(), (ties.double() + up) / 2, (ties.double() + down) / 2])
+    x = (boundaries * float(scale)).float()
+    return torch.cat([x, *(torch.nextafter(x, torch.full_like(x, way)) for way in (torch.inf, -torch.inf))])
+
+
+@pytest.mark.parametrize("kind", ["anywhere", "just below a power of two", "tiny", "huge", "subnormal"])
+def test_the_quotient_is_that_of_a_division(kind):
+    generator = torch.Generator().manual_seed(2)
+    grid = IntegerGrid(8)
+    scales = {
+        "anywhere": torch.exp(torch.randn(2000, generator=generator) * 8),
+        "just below a power of two": 1 - torch.arange(1, 300) * 2.0**-24,
+        "tiny": 2.0**-124 * (1 + torch.rand(50, generator=generator)),
+        "huge": 2.0**119 * (1 + torch.rand(50, generator=generator)),
+        "subnormal": 2.0**-140 * (1 + torch.rand(50, generator=generator)),
+    }[kind]
+    for scale in scales:
+        x = quotients_near_rounding_boundaries(scale, 128, generator)
+        x = torch.cat([x, torch.tensor([3e38, -3e38, 1e-45, 0.0, -0.0])])
+        # A float64 quotient of two float32 numbers rounds to their float32 quotient.
+        quotient = (x.double() / scale.double()).float()
+        expected = quotient.round().clamp(grid.quant_min, grid.quant_max) * scale + 0.0
+        found = compiled.fake_quantize(x, affine.QParams(scale, scale * 0), grid)
+        assert torch.equal(found, expected) and torch.equal(found.signbit(), expected.signbit())
+
+
+def test_not_a_number_stays_one():
+    one = torch.tensor(1.0)
+    values = compiled.fake_quantize(torch.tensor([torch.nan, 2.2]), affine.QParams(one, one * 0), IntegerGrid(4))
+    assert values[0].isnan() and values[1] == 2
+
+
+def test_other_types_are_refused():
+    one = torch.tensor(1.0)
+    with pytest.raises(ValueError, match="torch.float64 on cpu: compiled is float32 on a CPU"):
+        compiled.fake_quantize(torch.ones(3).double(), affine.QParams(one, one * 0), IntegerGrid(4))
+
+
 def test_compiling_takes_time_that_is_told():
-    grid, one = IntegerGrid(4), torch.tensor(1.0)
-    assert compiled.warm_up(torch.ones(31), affine.QParams(one, one * 0), grid) > 0
+    assert compiled.warm_up() > 0
