@@ -105,8 +105,25 @@ def library() -> ctypes.CDLL:
     lib.drawn.argtypes = [*lib.nearest.argtypes, ctypes.c_int32]
     lib.where_inside.argtypes = [tensor] * 3 + [size] * 2 + [count]
     lib.nearest.restype = lib.drawn.restype = lib.where_inside.restype = None
+    lib.count_cells.argtypes = [tensor] * 3 + [size] * 2 + [count] * 2 + [size, count]
+    lib.count_cells.restype = None
     lib.width.restype = size
     return lib
+
+
+def is_loaded() -> bool:
+    """Whether this process has compiled or loaded the kernels."""
+    return library.cache_info().currsize > 0
+
+
+def count_cells(rows: Tensor, fraction: int, lowest: int, side: int) -> tuple[Tensor, Tensor]:
+    """How many values each cell of a sketch gets, (G, 2 side), and the zeros among those of the smallest cell, (G,)."""
+    threads = torch.get_num_threads()
+    counts = torch.zeros(2 * threads, len(rows), 2 * side, dtype=torch.int32)
+    zeros = torch.zeros(len(rows), dtype=torch.int64)
+    where = rows.data_ptr(), counts.data_ptr(), zeros.data_ptr()
+    library().count_cells(*where, rows.numel(), len(rows), fraction, lowest, side, threads)
+    return counts.sum(0), zeros
 
 
 def warm_up() -> float:

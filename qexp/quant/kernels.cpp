@@ -7,12 +7,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 namespace {
 
 using Float = at::vec::Vectorized<float>;
 constexpr int64_t WIDTH = Float::size();
-constexpr int64_t DRAWS = 512;  // at a time, a multiple of WIDTH
+constexpr int64_t CHUNK = 512;  // elements at a time, a multiple of WIDTH
 
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
 constexpr bool HAS_FMA = true;
@@ -134,6 +135,20 @@ void uniform(uint32_t start, uint32_t key, float* out, int64_t count) {
   }
 }
 
+// The cell of each value; returns how many are zero.
+int32_t cells_of(const float* x, int32_t* cell, int64_t count, int shift, int32_t below, int32_t side) {
+  int32_t zeros = 0;
+#pragma omp simd reduction(+ : zeros)
+  for (int64_t i = 0; i < count; ++i) {
+    int32_t bits;
+    std::memcpy(&bits, x + i, 4);
+    const int32_t magnitude = bits & 0x7FFFFFFF;
+    zeros += magnitude == 0;
+    cell[i] = (std::max((magnitude >> shift) - below, 0) ^ (bits >> 31)) + side;  // -1 - place where negative
+  }
+  return zeros;
+}
+
 }  // namespace
 
 // y = S (q - Z); `inside`, one number for WIDTH elements of a row, holds a bit for each whose code is in range
@@ -177,14 +192,14 @@ extern "C" void drawn(const float* x, float* y, uint16_t* inside, const float* s
     const Interval range = ranges(r);
     const Float lowest(quant_min - z), highest(quant_max - z);
     uint16_t* bits = inside + r * words;
-    float draws[DRAWS];
+    float draws[CHUNK];
     each(count, [&](int64_t i, int64_t k) {
-      if (i % DRAWS == 0) {
-        uniform(static_cast<uint32_t>(at + i), static_cast<uint32_t>(key), draws, std::min(DRAWS, count - i));
+      if (i % CHUNK == 0) {
+        uniform(static_cast<uint32_t>(at + i), static_cast<uint32_t>(key), draws, std::min(CHUNK, count - i));
       }
       const Float v = Float::loadu(x + at + i, k), q = v / Float(s), lower = q.floor();
       *bits++ = same(v, range.clamp(v));
-      const Float code = lower + (q - lower).gt(Float::loadu(draws + i % DRAWS, k));
+      const Float code = lower + (q - lower).gt(Float::loadu(draws + i % CHUNK, k));
       at::vec::fmadd(at::vec::clamp(code, lowest, highest), Float(s), Float(0)).store(y + at + i, k);
     });
   });
@@ -198,6 +213,31 @@ extern "C" void where_inside(const float* g, float* gx, const uint16_t* inside, 
     const uint16_t* bits = inside + r * words;
     each(count, [&](int64_t i, int64_t k) { keep(Float::loadu(g + at + i, k), *bits++).store(gx + at + i, k); });
   });
+}
+
+// Adds to counts (copies, groups, 2 side) the values of each cell of sketch.py, and to zeros (groups) the zeros, which
+// are among those of the smallest cell. A copy for each thread, and two in turn, or a run of equal values would wait.
+extern "C" void count_cells(const float* x, int32_t* counts, int64_t* zeros, int64_t n, int64_t groups, int fraction,
+                            int lowest, int64_t side, int threads) {
+  const int64_t inner = n / groups;
+  const int shift = 23 - fraction;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && n > 32768) collapse(2)
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t part = 0; part < threads; ++part) {
+      const int64_t from = inner * part / threads, to = inner * (part + 1) / threads;
+      int32_t* even = counts + ((2 * part) * groups + g) * 2 * side;
+      int32_t* odd = counts + ((2 * part + 1) * groups + g) * 2 * side;
+      int64_t found = 0;
+      int32_t cell[CHUNK];
+      for (int64_t i = from; i < to; i += CHUNK) {
+        const int64_t size = std::min(CHUNK, to - i);
+        found += cells_of(x + g * inner + i, cell, size, shift, lowest - 1, static_cast<int32_t>(side));
+        for (int64_t k = 0; k < size; ++k) ++(k & 1 ? odd : even)[cell[k]];
+      }
+#pragma omp atomic
+      zeros[g] += found;
+    }
+  }
 }
 
 extern "C" int64_t width() { return WIDTH; }

@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from qexp.quant import compiled
 from qexp.quant.granularity import Granularity, PerTensor, blocks
 from qexp.quant.stats import Statistics, require_values
 
@@ -68,13 +69,12 @@ class Sketch(nn.Module):
         extrema = torch.stack([lo, hi]).double()
         self._take_extrema(lo, hi, extrema, 1, x.numel())
         self.faded.mul_(1 - self.constant).add_(extrema, alpha=self.constant)
-        scratch = torch.empty_like(rows)
-        zeros = rows.shape[1] - _nonzeros(rows, scratch)
         # Zeros have no exponent.
         self._widen(int(torch.frexp(lo.neg().maximum(hi).max().clamp(min=2.0**-126)).exponent))
-        self.zeros += zeros
         self._take_tails(rows)
-        self.counts += self._count(rows, scratch)
+        counts, zeros = self._counts_and_zeros(rows)
+        self.zeros += zeros
+        self.counts += counts
         self.counts[:, self.side] -= zeros
 
     def _take_extrema(self, lo: Tensor, hi: Tensor, first: Tensor, batches: int, seen: int) -> None:
@@ -88,6 +88,19 @@ class Sketch(nn.Module):
         self.batches += batches
         self.seen += seen
 
+    def _counts_and_zeros(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Values in each cell, zeros being in the smallest one, and the zeros; rows is written over."""
+        if compiled.is_loaded() and rows.device.type == "cpu":
+            return compiled.count_cells(rows, self.fraction, self._lowest, self.side)
+        scratch = torch.empty_like(rows)
+        zeros = rows.shape[1] - _nonzeros(rows, scratch)
+        return self._count(rows, scratch), zeros
+
+    @property
+    def _lowest(self) -> int:
+        """The bits, without those that no cell distinguishes, of the lower end of the second smallest cell."""
+        return (int(self.exponent) + 126 - self.octaves + 1) << self.fraction
+
     def _count(self, rows: Tensor, scratch: Tensor) -> Tensor:
         """Values in each cell; zeros are in the smallest cell of the positive side. Both tensors are written over.
 
@@ -95,9 +108,8 @@ class Sketch(nn.Module):
         """
         bits = rows.view(torch.int32)
         shift = 23 - self.fraction
-        lowest = (int(self.exponent) + 126 - self.octaves + 1) << self.fraction
         index = torch.bitwise_and(bits, 0x7FFFFFFF, out=scratch.view(torch.int32))
-        index.bitwise_right_shift_(shift).sub_(lowest - 1).clamp_(min=0)
+        index.bitwise_right_shift_(shift).sub_(self._lowest - 1).clamp_(min=0)
         index.bitwise_xor_(bits.bitwise_right_shift_(31)).add_(self.side)  # -1 - index where negative
         if len(rows) == 1:
             return torch.bincount(index.flatten(), minlength=2 * self.side)[None]

@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 from rich import box
@@ -23,6 +24,7 @@ from torch.ao.quantization import HistogramObserver
 
 from qexp import machine, models
 from qexp.engines.latency import interleave
+from qexp.quant import compiled
 from qexp.quant.convert import fold_batchnorm_, quantize_, quantizers, set_mode_
 from qexp.quant.dataflow import Dataflow
 from qexp.quant.observers import Observer
@@ -37,10 +39,11 @@ def observers(seconds: float) -> list[dict]:
     """One batch after another into one observer: a tensor of 16x64x28x28 after a ReLU, and one with both signs."""
     rows = []
     for name, batches in ("after ReLU", _batches(relu=True)), ("both signs", _batches(relu=False)):
-        sketch, histogram = Observer(), HistogramObserver()
+        sketch, fast, histogram = Observer(), Observer(), HistogramObserver()
         calls = {
             "extrema alone (aminmax)": _feed(torch.aminmax, batches),
-            "qexp sketch": _feed(sketch.update, batches),
+            "qexp sketch": _feed(_uncompiled(sketch.update), batches),
+            "qexp sketch, compiled": _feed(fast.update, batches),
             "torch HistogramObserver": _feed(histogram, batches),
         }
         timings = interleave(calls, seconds)
@@ -50,6 +53,14 @@ def observers(seconds: float) -> list[dict]:
             for side, ms in ((side, timings.fastest_ms(side)) for side in calls)
         ]
     return rows
+
+
+def _uncompiled(function: Callable) -> Callable:
+    def call(*args: Tensor) -> object:
+        with mock.patch.object(compiled, "is_loaded", lambda: False):
+            return function(*args)
+
+    return call
 
 
 def _batches(relu: bool) -> list[Tensor]:
@@ -84,7 +95,11 @@ def passes(batch: int, seconds: float) -> list[dict]:
                 quantizer.start_observing()
                 if model is theirs:
                     quantizer.observer = _Histogram()
-    calls = {PLAIN: _forward(plain, images), TORCH: _forward(theirs, images), OURS: _forward(ours, images)}
+    ours_pass = _forward(ours, images)
+    calls = {
+        PLAIN: _forward(plain, images), TORCH: _forward(theirs, images),
+        OURS: _uncompiled(ours_pass), f"{OURS}, compiled": ours_pass,
+    }  # fmt: skip
     timings = interleave(calls, seconds, least=8)
     fastest = {name: timings.fastest_ms(name) for name in calls}
     return [{"what": name, "fastest_ms": ms, "ratio": ms / fastest[PLAIN]} for name, ms in fastest.items()]
@@ -127,6 +142,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
+    compiled.warm_up()
     of_observers, of_passes = [], []
     for threads in options.threads:
         torch.set_num_threads(threads)

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from qexp.quant import affine, compiled
+from qexp.quant.granularity import PerChannel, PerTensor
 from qexp.quant.grid import IntegerGrid
 from qexp.quant.rounding import Floor, HalfEven, Stochastic
+from qexp.quant.sketch import Sketch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -95,3 +97,22 @@ def test_other_types_are_refused():
 
 def test_compiling_takes_time_that_is_told():
     assert compiled.warm_up() > 0
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(1)], ids=str)
+def test_a_sketch_counts_the_same(granularity, threads, monkeypatch):
+    generator = torch.Generator().manual_seed(3)
+    batches = [torch.randn(50, 4, 500, generator=generator) * 10.0**k for k in (-3, 0, -12, 2)]
+    batches += [batches[0].relu(), torch.zeros(50, 4, 500), torch.full((50, 4, 500), -1e-40)]
+    compiled.warm_up()
+    torch.set_num_threads(threads)
+    fast, plain = (Sketch(granularity, (50, 4, 500)) for _ in range(2))
+    for x in batches:
+        fast.update(x)
+        with monkeypatch.context() as patch:
+            patch.setattr(compiled, "is_loaded", lambda: False)
+            plain.update(x)
+    assert int(fast.counts.sum() + fast.zeros.sum()) == sum(x.numel() for x in batches)
+    for name, buffer in plain.named_buffers():
+        assert torch.equal(buffer, fast.get_buffer(name)), name
