@@ -188,19 +188,48 @@ class _AnyForm(torch.autograd.Function):
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Values that came about somehow, with the gradient of x where `inside`."""
+    """Values that came about somehow, with the gradient of x, all of it or where `inside`."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, values: Tensor, inside: Tensor) -> Tensor:
-        ctx.save_for_backward(inside)
+    def forward(ctx, x: Tensor, values: Tensor, inside: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*[] if inside is None else [inside])
         return values
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (inside,) = ctx.saved_tensors
-        return grad * inside, None, None
+        for inside in ctx.saved_tensors:
+            grad = grad * inside
+        return grad, None, None
 
 
-def straight_through(x: Tensor, values: Tensor, inside: Tensor) -> Tensor:
-    """`values` in the forward pass; in the backward pass dL/dx = dL/dvalues where inside, else 0."""
+def straight_through(x: Tensor, values: Tensor, inside: Tensor | None = None) -> Tensor:
+    """`values` in the forward pass; in the backward pass dL/dx = dL/dvalues where inside (or everywhere), else 0."""
     return _StraightThrough.apply(x, values, inside)
+
+
+class _TellScale(torch.autograd.Function):
+    """The identity, which tells the scale what passes."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, factor: float) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, scale = ctx.saved_tensors
+        if scale.numel() == 1:
+            total = torch.dot(grad.reshape(-1), x.reshape(-1)).view(scale.shape)
+        else:
+            total = (grad * x).sum_to_size(scale.shape)
+        return grad, total * (ctx.factor / scale), None
+
+
+def tell_scale(x: Tensor, scale: Tensor, factor: float) -> Tensor:
+    """x itself; in the backward pass dL/dS = factor / S sum dL/dx x, over the elements that share S.
+
+    As if x were x (S / s)^factor, s being the value of S. Around a fake-quantize, -1 before and 1 after it give the
+    gradient of S Q(x / S), with respect to S.
+    """
+    return _TellScale.apply(x, scale, factor)

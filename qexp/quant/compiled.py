@@ -28,11 +28,15 @@ def fake_quantize(x: Tensor, qparams: QParams, grid: CodeRange, rounding: Roundi
     Errors: ValueError for a rounding other than half_even and stochastic, and for a tensor that is not float32 on a
     CPU; RuntimeError without a C++ compiler.
     """
-    if not isinstance(rounding, (HalfEven, Stochastic)):
-        raise ValueError(f"rounding={rounding}: compiled are half_even and stochastic")
-    if x.dtype != torch.float32 or x.device.type != "cpu":
-        raise ValueError(f"a tensor of {x.dtype} on {x.device}: compiled is float32 on a CPU")
+    if not serves(x, rounding):
+        what = f"rounding={rounding}, {x.dtype} on {x.device}"
+        raise ValueError(f"{what}: compiled are half_even and stochastic of float32 on a CPU")
     return _FakeQuantize.apply(x, _Rows.of(x.shape, qparams), grid, rounding)
+
+
+def serves(x: Tensor, rounding: Rounding) -> bool:
+    """Whether there is a kernel for it."""
+    return isinstance(rounding, (HalfEven, Stochastic)) and x.dtype == torch.float32 and x.device.type == "cpu"
 
 
 class _Rows(NamedTuple):

@@ -209,9 +209,10 @@ class IntegerGrid(Grid):
 
     def fake_quantize(self, x: Tensor, qparams: QParams, rounding: Rounding = HALF_EVEN) -> Tensor:
         """decode(encode(x)) with the straight-through gradient."""
-        from qexp.quant.affine import fake_quantize
+        from qexp.quant import affine, compiled
 
-        return fake_quantize(x, qparams, self, rounding)
+        fast = compiled.is_loaded() and compiled.serves(x, rounding)
+        return (compiled if fast else affine).fake_quantize(x, qparams, self, rounding)
 
     def clipped(self, x: Tensor, qparams: QParams) -> Tensor:
         codes = x / qparams.scale + qparams.zero_point

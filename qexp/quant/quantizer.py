@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from qexp.quant import onnx_form
 from qexp.quant.affine import QParams
+from qexp.quant.estimators import Estimator
 from qexp.quant.granularity import join, split
 from qexp.quant.grid import Grid, IntegerGrid
 from qexp.quant.observers import Observer
@@ -62,6 +63,7 @@ class Quantizer(nn.Module):
         if scheme.rounding.is_random:
             self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.observer: Observer | None = None
+        self.estimator: Estimator | None = None  # what stands in for the staircase while the network trains
 
     @property
     def grid(self) -> Grid:
@@ -95,9 +97,12 @@ class Quantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.mode is Mode.QUANTIZE:
-            if self.training and self.scheme.rounding.is_random:
+            if self.training and hasattr(self, "step"):
                 self.step += 1
-            blocked, qparams = self._blocked(x)
+            quantized = x if self.estimator is None else self.estimator.before(self, x)
+            blocked, qparams = self._blocked(quantized)
+            if self.training and self.estimator is not None:
+                return self._joined(self.estimator.values(self, blocked, qparams), x)
             return self._joined(self.grid.fake_quantize(blocked, qparams, self.rounding), x)
         if self.mode is Mode.OBSERVE:
             self._named(self.observer.update, x)
@@ -158,6 +163,36 @@ class Quantizer(nn.Module):
         if self.grid.fits_data:
             self.levels.copy_(self.grid.fit(stats, self.qparams).levels)
 
+    def train_with_(self, estimator: Estimator) -> None:
+        """Train through this quantizer, which is calibrated. Errors: ValueError naming the site where it cannot be."""
+        why = estimator.refusal(self.scheme, self.is_weight)
+        if why is not None:
+            raise ValueError(f"{self.site}: {estimator}: {why}")
+        if not self.calibrated:
+            raise RuntimeError(f"{self.site}: this quantizer was never calibrated")
+        if estimator.draws and not hasattr(self, "step"):
+            self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        estimator.attach_(self)
+        self.estimator = estimator
+
+    @torch.no_grad()
+    def settle_(self, x: Tensor | None = None) -> Tensor | None:
+        """End training: what was learned stays in scale and zero point. Returns what is to be quantized from now on.
+
+        x is a weight, which an estimator may have seen in another form.
+        """
+        if self.estimator is None:
+            return x
+        self.estimator.sync_(self)
+        settled = x if x is None else self.estimator.before(self, x).detach().clone()
+        for name in self.estimator.learns:
+            if hasattr(self, name):
+                delattr(self, name)
+        self.estimator = None
+        if not self.scheme.rounding.is_random and hasattr(self, "step"):
+            del self.step
+        return settled
+
     @torch.no_grad()
     def set_range(self, lo: Tensor, hi: Tensor) -> None:
         """Fix scale and zero point from a clipping range [lo, hi]."""
@@ -207,7 +242,8 @@ class Quantizer(nn.Module):
             raise ValueError(f"{self.site}: {error}") from None
 
     def __repr__(self) -> str:
-        return f"Quantizer({self.scheme}, {self.mode.value})"
+        trained = "" if self.estimator is None else f", {self.estimator}"
+        return f"Quantizer({self.scheme}, {self.mode.value}{trained})"
 
 
 def _storage(grid: Grid, is_weight: bool) -> tuple[torch.dtype, int]:
