@@ -63,6 +63,12 @@ def calibrate_(
             terminal.console.print("[dim]       -[/dim]  calibration pass from the cache")
 
 
+def recalibrate_(model: nn.Module, settings: Settings, data: pl.LightningDataModule) -> None:
+    """A calibration pass over a network that training has changed: nothing is known of it."""
+    with calibrating(model):
+        calibration_pass(model, settings, data)
+
+
 def calibration_pass(model: nn.Module, settings: Settings, data: pl.LightningDataModule) -> None:
     """Let the calibration data run through the model."""
     loader = prepare.calibration_loader(data, settings.seed)

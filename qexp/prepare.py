@@ -131,7 +131,9 @@ def ready(settings: Settings) -> tuple[pl.LightningDataModule, nn.Module, list[E
     engines = [build(section, f"engine.engines.{name}") for name, section in config["engine"]["engines"].items()]
     data = data_module(config)
     net = network(config, data)
-    if settings.method == "ptq":
+    if settings.finetune is not None:
+        _require_optimizer(settings)
+    if settings.method != "fp32":
         calibration_loader(data, settings.seed)
         shapes = None
         if recipe.activation.granularity != PerTensor():
@@ -143,6 +145,16 @@ def ready(settings: Settings) -> tuple[pl.LightningDataModule, nn.Module, list[E
         except ValueError as error:
             raise ConfigError(blamed(error)) from None
     return data, net, engines
+
+
+def _require_optimizer(settings: Settings) -> None:
+    """Make the optimizer of a parameter that nobody needs. Errors: ConfigError for what it refuses."""
+    plan, parameter = settings.finetune, nn.Parameter(torch.zeros(1))
+    optimizer = plan.optimizer([{"params": [parameter]}])
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(f"finetune.optimizer: {type(optimizer).__name__} is no torch.optim.Optimizer")
+    if plan.scheduler is not None:
+        plan.scheduler(optimizer, **plan.scheduler.offered(T_max=1, total_steps=1))
 
 
 def _with_additions(net: nn.Module, data: pl.LightningDataModule, recipe: Recipe) -> nn.Module:
@@ -176,20 +188,29 @@ def trainer(config: dict[str, Any], update: terminal.Update, fit: bool = False, 
         raise ConfigError(f"trainer.accelerator={config['trainer']['accelerator']}: {error}") from None
 
 
-def _trainer(config: dict[str, Any], update: terminal.Update, fit: bool, logger: Any) -> pl.Trainer:
-    return pl.Trainer(
-        max_epochs=config["trainer"]["epochs"],
-        accelerator=config["trainer"]["accelerator"] if fit else "cpu",
-        devices=1,
-        logger=logger,
-        deterministic=True,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        callbacks=[TellProgress(update)],
-        log_every_n_steps=10,
-        num_sanity_val_steps=0,
-    )
+def _trainer(config: dict[str, Any], update: terminal.Update, fit: bool, logger: Any, **more: Any) -> pl.Trainer:
+    options = {
+        "max_epochs": config["trainer"]["epochs"],
+        "accelerator": config["trainer"]["accelerator"] if fit else "cpu",
+        "devices": 1,
+        "logger": logger,
+        "deterministic": True,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+        "callbacks": [TellProgress(update)],
+        "log_every_n_steps": 10,
+        "num_sanity_val_steps": 0,
+    }
+    return pl.Trainer(**(options | more))
+
+
+def finetuning_trainer(
+    config: dict[str, Any], epochs: int, update: terminal.Update, callbacks: list[pl.Callback], logger: Any
+) -> pl.Trainer:
+    """A Lightning trainer for fine-tuning, with these callbacks, of which one keeps checkpoints."""
+    told = [TellProgress(update), *callbacks]
+    return _trainer(config, update, True, logger, max_epochs=epochs, callbacks=told, enable_checkpointing=True)
 
 
 def train_(net: nn.Module, settings: Settings, data: pl.LightningDataModule, cache: TensorCache, logger: Any) -> None:

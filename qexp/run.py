@@ -18,17 +18,21 @@ from qexp.engines.base import Engine, EngineRefused
 from qexp.engines.deploy import certify_deployment, deploy, measure, simulation_for
 from qexp.engines.export import export_quantized
 from qexp.engines.saturation import saturates
+from qexp.finetuning import finetune_, finished_
 from qexp.metrics.footprint import footprint
 from qexp.metrics.sites import measuring_sites
 from qexp.metrics.sqnr import QuantizationNoise, sqnr_db
 from qexp.quant.convert import (
+    fit_biases_,
     fold_batchnorm_,
     quantize_,
+    set_mode_,
     site_shapes,
     targets,
     unquantized,
 )
 from qexp.quant.dataflow import Dataflow, NotExportable, additions_to_modules
+from qexp.quant.quantizer import Mode
 from qexp.report import terminal
 from qexp.settings import ConfigError, Settings, build
 from qexp.store import TensorCache, replacing, run_id, writable
@@ -52,6 +56,7 @@ class Run:
     rows: list[dict[str, Any]] = field(default_factory=list)
     in_float: list[tuple[str, str, str]] = field(default_factory=list)
     folder: Path = Path()
+    history: list[dict[str, float]] = field(default_factory=list)  # one row for each epoch of fine-tuning
     where: str = ""  # how to look at the logger's record
 
     @property
@@ -84,14 +89,17 @@ def run(settings: Settings) -> Run:
         torch.set_num_threads(config["trainer"]["threads"])
         pl.seed_everything(settings.seed, workers=True, verbose=False)
         job = _float_network(settings, outputs, logger)
-        if settings.method == "ptq":
-            _quantize(job)
-            _deploy_all(job)
-        else:
+        if settings.method == "fp32":
             _float_only(job)
+        else:
+            _quantize(job)
+            if settings.finetune is not None:
+                _finetune(job, outputs / ".unfinished" / f"{identity}.finetune", logger.lightning)
+            _deploy_all(job)
         job.metrics |= {"status": "finished", "time/total_s": time.perf_counter() - start}
         job.folder = outputs / "runs" / identity
         _write(job, logger)
+        finished_(outputs / ".unfinished" / f"{identity}.finetune")
         job.where = logger.where
     return job
 
@@ -159,6 +167,30 @@ def _quantize(job: Run) -> None:
     sums = [(name, "addition", "written as a function") for name in job.flow.functional_additions()]
     job.quantized, job.in_float = model, unquantized(model, recipe) + products + sums
     job.metrics |= footprint(model).metrics()
+
+
+def _finetune(job: Run, folder: Path, logger: Any) -> None:
+    """Train from the calibrated point, which is the result of method=ptq and is told beside that of the training."""
+    model, plan = job.quantized, job.settings.finetune
+    with terminal.stage("evaluating the network before fine-tuning") as update:
+        figures, _ = _simulate(job, model, update)
+    job.metrics |= {"acc/ptq": figures["acc/sim"], "sqnr/ptq_db": figures["sqnr/output_db"]}
+    start = time.perf_counter()
+    job.history = finetune_(model, job.net, job.flow, job.settings, job.data, folder, logger)
+    if plan.is_float:
+        set_mode_(model, Mode.OFF)
+        with terminal.stage("evaluating the float network after as many steps") as update:
+            job.metrics["acc/control"] = passes.accuracy_of(passes.evaluate(job.settings, job.data, model, update))
+    if plan.after == "recalibrate":
+        passes.recalibrate_(model, job.settings, job.data)
+    else:
+        fit_biases_(model)
+    job.metrics |= {
+        "finetune/epochs": plan.epochs,
+        "finetune/loss": job.history[-1]["loss"],
+        "finetune/weight_change": job.history[-1]["weight_change"],
+        "time/finetune_s": time.perf_counter() - start,
+    }
 
 
 def _logits_layer(job: Run, quantized: set[str]) -> str | None:

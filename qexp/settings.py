@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from typing import Any
 
+from hydra._internal.utils import _locate
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from qexp.data.options import require_folder, require_share, require_whole
+from qexp.finetune.plan import FineTune
 from qexp.quant.calibration import Calibration
+from qexp.quant.estimators import Estimator
 from qexp.quant.granularity import Granularity
 from qexp.quant.grid import Grid, IntegerGrid
 from qexp.quant.level_list import Levels
@@ -34,6 +38,7 @@ class Settings:
     method: str
     recipe: Recipe
     seed: int
+    finetune: FineTune | None = None  # of method=qat
 
     @property
     def label(self) -> str:
@@ -45,7 +50,8 @@ class Settings:
             bits = "+".join(grid.format for grid in grids)
         if self.method == "fp32":
             return f"{choice} fp32 s{self.seed}"
-        return f"{choice} {bits} {recipe.weight.granularity} {recipe.activation.calibration} s{self.seed}"
+        tuned = "" if self.finetune is None else f" {self.config['finetune']['name']}"
+        return f"{choice} {bits} {recipe.weight.granularity} {recipe.activation.calibration}{tuned} s{self.seed}"
 
 
 # What a config of the user's own may leave out.
@@ -57,7 +63,7 @@ SECTIONS: dict[str, tuple[str, ...] | None] = {
     "granularity": ("weight", "activation"),
     "calibration": ("weight", "activation", "logits"),
     "rounding": ("weight", "activation"),
-    "finetune": ("name",),
+    "finetune": None,
     "model": None,
     "data": None,
     "engine": ("engines", "required", "threads", "batch_size", "seconds"),
@@ -68,8 +74,7 @@ SECTIONS: dict[str, tuple[str, ...] | None] = {
     "progress": (),
 }
 CHOICES = {
-    "method.name": ("fp32", "ptq"),
-    "finetune.name": ("none",),
+    "method.name": ("fp32", "ptq", "qat"),
     "trainer.accelerator": ("cpu", "gpu", "auto"),
     "progress": ("auto", True, False),
     "engine.required": (True, False),
@@ -124,7 +129,82 @@ def settings(config: DictConfig) -> Settings:
     _check_own_options(plain)
     recipe = _recipe(plain)
     _refuse_formats_that_no_engine_runs(plain, recipe)
-    return Settings(plain, plain["method"]["name"], recipe, plain["seed"])
+    return Settings(plain, plain["method"]["name"], recipe, plain["seed"], _finetune(plain, recipe))
+
+
+@dataclass(frozen=True)
+class Target:
+    """A factory that is made when it is called, because making it imports torch."""
+
+    section: dict[str, Any]
+    key: str
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """The object. Errors: ConfigError naming the key."""
+        return build({**self.section, "_args_": list(args)}, self.key, **options)
+
+    def offered(self, **options: Any) -> dict[str, Any]:
+        """Those options that its constructor has names for and the section leaves open."""
+        known = inspect.signature(_locate(self.section["_target_"])).parameters
+        return {name: value for name, value in options.items() if name in known and name not in self.section}
+
+
+def _finetune(plain: dict[str, Any], recipe: Recipe) -> FineTune | None:
+    """The plan of method=qat; the other methods have none."""
+    section, method = dict(plain["finetune"]), plain["method"]["name"]
+    name = section.pop("name", None)
+    if not isinstance(name, str):
+        raise ConfigError(f"finetune.name={name!r}: must be a name")
+    if method != "qat":
+        if name != "none":
+            raise ConfigError(f"finetune={name}: method={method} does not train after quantization; choose method=qat")
+        return None
+    if name == "none":
+        raise ConfigError("finetune=none: method=qat needs one that trains, such as finetune=ste or finetune=lsq")
+    known = [field.name for field in fields(FineTune)]
+    for key in section:
+        if key not in known:
+            raise ConfigError(f"finetune.{key}: no such key; allowed are {', '.join(known)}")
+    for key in "weight", "activation":
+        section[key] = _part(section, key, Estimator)
+    section["update"] = _part(section, "update", Rounding)
+    for key in "optimizer", "scheduler":
+        if section.get(key) is not None:
+            _check_target(section[key], f"finetune.{key}")
+            section[key] = Target(section[key], f"finetune.{key}")
+    for key in "gradual", "frozen":
+        value = section.setdefault(key, [])
+        if not isinstance(value, list):
+            raise ConfigError(f"finetune.{key}={value!r}: must be a list")
+        section[key] = tuple(value)
+    try:
+        plan = FineTune(**section)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(str(error)) from None
+    _refuse_estimators(plan, recipe)
+    return plan
+
+
+def _refuse_estimators(plan: FineTune, recipe: Recipe) -> None:
+    if plan.optimizer is None:
+        raise ConfigError("finetune.optimizer=null: must hold a _target_, the import path of an optimizer")
+    parts = ("weight", plan.weight, recipe.weight, True), ("activation", plan.activation, recipe.activation, False)
+    for tensor, estimator, scheme, is_weight in parts:
+        why = None if estimator is None else estimator.refusal(scheme, is_weight)
+        if why is not None:
+            raise ConfigError(f"finetune.{tensor}={estimator}: {why}")
+        if plan.gradual and not isinstance(scheme.grid, IntegerGrid):
+            raise ConfigError(f"finetune.gradual={list(plan.gradual)}: needs integer grids, not {scheme.grid}")
+
+
+def _part(section: dict[str, Any], key: str, kind: type) -> Any:
+    if section.get(key) is None:
+        return None
+    made = build(section[key], f"finetune.{key}")
+    if not isinstance(made, kind):
+        target = section[key]["_target_"]
+        raise ConfigError(f"finetune.{key}._target_={target}: must be of kind {kind.__name__}")
+    return made
 
 
 def _refuse_formats_that_no_engine_runs(plain: dict[str, Any], recipe: Recipe) -> None:

@@ -237,7 +237,7 @@ def calibrating(model: nn.Module) -> Iterator[nn.Module]:
         for quantizer in modes:
             if quantizer not in weights:
                 quantizer.calibrate()
-        _fit_biases_(model)
+        fit_biases_(model)
     except BaseException:
         for quantizer, mode in modes.items():
             quantizer.mode = mode
@@ -263,7 +263,8 @@ def recall_(model: nn.Module, seen: dict[str, State]) -> None:
             quantizer.mode = Mode.OFF
 
 
-def _fit_biases_(model: nn.Module) -> None:
+@torch.no_grad()
+def fit_biases_(model: nn.Module) -> None:
     """Widen the weight range of nearly dead channels until their bias fits the int32 grid of S_x S_w."""
     for _, layer in layers(model):
         if getattr(layer, "bias", None) is None or not layer.bias_quantizer.has_grid(layer):

@@ -39,6 +39,10 @@ class Estimator:
         """What is quantized instead of x, in training and in evaluation."""
         return x
 
+    def start(self, quantizer: Quantizer, x: Tensor) -> Tensor:
+        """The parameter that `before` turns into x."""
+        return x
+
     def values(self, quantizer: Quantizer, x: Tensor, qparams: QParams) -> Tensor:
         """What training sees of x, and its gradient; scales and x broadcast."""
         raise TypeError(f"{type(self).__name__} must define values")

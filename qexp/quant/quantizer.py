@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import Enum
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 
 from qexp.quant import onnx_form
 from qexp.quant.affine import QParams
+from qexp.quant.distributed import across_ranks
 from qexp.quant.estimators import Estimator
-from qexp.quant.granularity import join, split
+from qexp.quant.granularity import blocks, join, split
 from qexp.quant.grid import Grid, IntegerGrid
 from qexp.quant.observers import Observer
 from qexp.quant.recipe import Scheme
@@ -64,6 +66,7 @@ class Quantizer(nn.Module):
             self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.observer: Observer | None = None
         self.estimator: Estimator | None = None  # what stands in for the staircase while the network trains
+        self.follows = False  # whether the range follows the data while the network trains
 
     @property
     def grid(self) -> Grid:
@@ -99,6 +102,8 @@ class Quantizer(nn.Module):
         if self.mode is Mode.QUANTIZE:
             if self.training and hasattr(self, "step"):
                 self.step += 1
+            if self.training and self.follows:
+                self.follow_(x)
             quantized = x if self.estimator is None else self.estimator.before(self, x)
             blocked, qparams = self._blocked(quantized)
             if self.training and self.estimator is not None:
@@ -110,10 +115,15 @@ class Quantizer(nn.Module):
             return self.export(x)
         return x
 
-    def codes(self, x: Tensor) -> Tensor:
-        """Integer codes of x, as float32."""
+    def codes(self, x: Tensor, rounding: Rounding | None = None) -> Tensor:
+        """Integer codes of x, as float32, by the quantizer's own rounding or another."""
         blocked, qparams = self._blocked(x)
-        return self._joined(self.grid.encode(blocked, qparams, self.rounding), x)
+        return self._joined(self.grid.encode(blocked, qparams, rounding or self.rounding), x)
+
+    def decoded(self, codes: Tensor) -> Tensor:
+        """The values of integer codes."""
+        blocked, qparams = self._blocked(codes)
+        return self._joined(self.grid.decode(blocked, qparams), codes)
 
     def clipped(self, x: Tensor) -> Tensor:
         """Number of values further than half a step outside the representable range."""
@@ -162,6 +172,38 @@ class Quantizer(nn.Module):
         self.set_range(lo.view(self.scale.shape), hi.view(self.scale.shape))
         if self.grid.fits_data:
             self.levels.copy_(self.grid.fit(stats, self.qparams).levels)
+
+    @torch.no_grad()
+    def follow_(self, x: Tensor) -> None:
+        """Move the range with one batch: a weight's is its own, an activation's a moving average of extrema.
+
+        E = (1 - c) E + c extrema, with the c of the calibration (Jacob et al. 2018, section 3.1).
+        """
+        if self.dynamic:
+            return
+        if self.is_weight:
+            self.calibrate(x.detach())
+            return
+        rows = blocks(x.detach(), self.scheme.granularity.block_shape(tuple(x.shape)))
+        lo, hi = (extremum.view(self.lo.shape) for extremum in across_ranks(rows.amin(1), rows.amax(1)))
+        constant = getattr(self.scheme.calibration, "constant", 0.01)
+        self.set_range(torch.lerp(self.lo, lo, constant), torch.lerp(self.hi, hi, constant))
+
+    @torch.no_grad()
+    def set_bits_(self, bits: int, rescale: bool = True) -> None:
+        """Change the width of an integer grid; with `rescale` the range stays and the scale follows."""
+        if bits == self.grid.bits:
+            return
+        lowest, highest = (self.scale * (end - self.zero_point) for end in (self.grid.quant_min, self.grid.quant_max))
+        self.scheme = replace(self.scheme, grid=replace(self.grid, bits=bits))
+        if rescale and not self.dynamic:
+            self.set_range(lowest, highest)
+            if self.estimator is not None:
+                learned = {name: getattr(self, name) for name in self.estimator.learns if hasattr(self, name)}
+                self.estimator.attach_(self)
+                for name, parameter in learned.items():  # which the optimizer holds
+                    parameter.copy_(getattr(self, name))
+                    setattr(self, name, parameter)
 
     def train_with_(self, estimator: Estimator) -> None:
         """Train through this quantizer, which is calibrated. Errors: ValueError naming the site where it cannot be."""
