@@ -132,8 +132,8 @@ def _gradient(loss: Tensor, weights: dict[str, Tensor], **options) -> tuple[Tens
 def hessian_vector_product(loss: Loss, direction: Direction) -> dict[str, Tensor]:
     """H v = d/dw (dL/dw . v), the Hessian H = d2L/dw2 times a vector (Pearlmutter 1994, section 2).
 
-    Shapes: as the parameters, names that miss in v are zeros. Errors: ValueError for a model that is not twice
-    differentiable. That of a quantized network is taken of the float model at the weights that are meant.
+    Shapes: as the parameters, names that miss in v are zeros. Errors: ValueError for a model that autograd cannot
+    differentiate twice, such as one that quantizes: its Hessian is that of the float model at the weights meant.
 
     >>> loss = Loss(nn.Linear(1, 2, bias=False), [(torch.zeros(4, 1), torch.zeros(4, dtype=torch.int64))])
     >>> hessian_vector_product(loss, {"weight": torch.ones(2, 1)})["weight"].flatten().tolist()
@@ -148,11 +148,24 @@ def hessian_vector_product(loss: Loss, direction: Direction) -> dict[str, Tensor
         slopes = dict(zip(weights, _gradient(share, weights, create_graph=True), strict=True))
         along = torch.stack([(slopes[n] * v).sum() for n, v in direction.items()]).sum()
         try:
+            _require_no_error_in(along)
             return _gradient(along, weights)
         except RuntimeError as error:
             raise ValueError(f"{type(loss.model).__name__} is not twice differentiable: {error}") from error
 
     return loss.derive(product)[1]
+
+
+def _require_no_error_in(value: Tensor) -> None:
+    """Refuse what @once_differentiable leaves in a graph, which autograd walks around and takes for zero."""
+    seen, waiting = set(), [value.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            if node.name() == "torch::autograd::Error":
+                raise RuntimeError("it has a function that is marked with @once_differentiable")
+            seen.add(node)
+            waiting.extend(following for following, _ in node.next_functions)
 
 
 class _Hessian:

@@ -439,17 +439,36 @@ class Once(torch.autograd.Function):
         return 2 * grad * ctx.saved_tensors[0]
 
 
-class Square(nn.Linear):
+class Detached(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (2 * grad * ctx.saved_tensors[0]).detach()
+
+
+class Square(nn.Module):
+    def __init__(self, function, after: bool):
+        super().__init__()
+        self.function, self.first, self.last = function, nn.Linear(3, 2), nn.Linear(2, 2) if after else nn.Identity()
+
     def forward(self, x):
-        return Once.apply(super().forward(x))
+        return self.last(self.function(self.first(x)))
 
 
-def test_a_network_that_cannot_be_differentiated_twice_is_refused():
-    loss = Loss(Square(3, 2), random_batches(3, classes=2))
+@pytest.mark.parametrize(
+    ("function", "after"), [(Once.apply, False), (Once.apply, True), (Detached.apply, False)], ids=str
+)
+def test_a_network_that_cannot_be_differentiated_twice_is_refused(function, after):
+    loss = Loss(Square(function, after), random_batches(3, classes=2))
     assert sam_sharpness(loss) > 0
     for call in top_eigenvalue, trace:
         with pytest.raises(ValueError, match="Square is not twice differentiable"):
             call(loss)
+    assert top_eigenvalue(Loss(Square(torch.square, after), loss.batches)).value > 0
 
 
 def test_losses_of_nothing_are_refused():
