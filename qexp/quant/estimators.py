@@ -32,6 +32,10 @@ class Estimator:
         """Why this estimator cannot train a tensor of this scheme; None where it can."""
         return None
 
+    def fits(self, quantizer: Quantizer) -> bool:
+        """Whether a calibrated quantizer of an allowed scheme can be trained by it; where not, take another."""
+        return True
+
     def attach_(self, quantizer: Quantizer) -> None:
         """Give a calibrated quantizer the parameters that are learned, starting from its scale and zero point."""
 
@@ -122,8 +126,9 @@ class LSQ(Estimator):
     dx~/dS = round(x / S) - x / S  inside of the range, -Q_N or Q_P outside          (equation 3)
     dL/dS is multiplied by g = 1 / sqrt(N Q_P), N elements sharing S                 (section 2.2)
 
-    Q_P is the largest code above the zero point. `gradient_scale` is the paper's ablation (table 3): "full" as above,
-    "size" for 1 / sqrt(N), "none" for 1. Two sums are enough: S dL/dS = sum dL/dx~ x~ - sum dL/dx x.
+    Q_P is the largest code above the zero point; of activations N counts the whole batch, as in torch's own operator,
+    where the paper counts the features of one sample. `gradient_scale` is the paper's ablation (table 3): "full" as
+    above, "size" for 1 / sqrt(N), "none" for 1. Two sums are enough: S dL/dS = sum dL/dx~ x~ - sum dL/dx x.
     Errors: ValueError for another gradient_scale, and where S is no longer a positive number.
 
     >>> print(LSQ())
@@ -166,14 +171,18 @@ class LSQ(Estimator):
         return (x.numel() / quantizer.scale.numel() * max(most, 1.0)) ** -0.5
 
     def sync_(self, quantizer: Quantizer) -> None:
-        import torch
-
-        with torch.no_grad():
-            scale = quantizer.learned_scale
-            if not bool((scale > 0).all() & scale.isfinite().all()):
-                worst = scale.min().item() if bool(scale.isfinite().all()) else float("nan")
-                raise ValueError(f"{quantizer.site}: its learned scale became {worst:.3g}; lower the learning rate")
-            quantizer.scale.copy_(scale)
+        set_scale_(quantizer, quantizer.learned_scale.detach())
 
     def __str__(self) -> str:
         return "lsq" if self.gradient_scale == "full" else f"lsq {self.gradient_scale}"
+
+
+def set_scale_(quantizer: Quantizer, scale: Tensor) -> None:
+    """Store a learned scale. Errors: ValueError naming the site unless all are normal positive float32 numbers."""
+    from qexp.quant.scale import SMALLEST_NORMAL
+
+    allowed = (scale >= SMALLEST_NORMAL) & scale.isfinite()
+    if not bool(allowed.all()):
+        worst = scale[~allowed].flatten()[0].item()
+        raise ValueError(f"{quantizer.site}: its learned scale became {worst:.3g}; lower the learning rate")
+    quantizer.scale.copy_(scale)
