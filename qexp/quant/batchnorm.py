@@ -7,8 +7,8 @@ evaluation     y = Q(x) * Q(W gamma / sigma)   + Q(beta - mu gamma / sigma)
 "batch"        y = Q(x) * Q(W gamma / sigma_B) + Q(beta - mu_B gamma / sigma_B)
 "corrected"    y = Q(x) * Q(W gamma / sigma) sigma / sigma_B + beta - mu_B gamma / sigma_B
 
-Both arms train a network normalised by its batches, which "corrected" does with weights that do not jitter; frozen,
-both train the first line.
+Both train a network normalised by its batches, "corrected" with weights that do not jitter; frozen, both train the
+first line. Scales of weights are fixed, so in "batch" a channel of small sigma_B is clipped.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ KINDS.update({unfolded: KINDS[layer] for layer, unfolded in UNFOLDED.items()})
 
 def norm_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """All layers that hold their BatchNorm, with their names."""
-    return ((name, module) for name, module in model.named_modules() if type(module) in REFOLDED)
+    return ((name, layer) for name, layer in model.named_modules() if type(layer) in REFOLDED)
 
 
 def unfold_batchnorm_(model: nn.Module, net: nn.Module, flow: Dataflow, arm: str) -> None:
@@ -174,8 +174,7 @@ def unfold_batchnorm_(model: nn.Module, net: nn.Module, flow: Dataflow, arm: str
 def _require_folded(name: str, layer: nn.Module, source: nn.Module, norm: nn.Module) -> None:
     """Raise ValueError where unfolding would lose a change of the layer; devices may differ in a last bit."""
     pairs = zip(folded(source, norm), (layer.weight, layer.bias), strict=True)
-    same = (b is not None and a.shape == b.shape and torch.allclose(a.to(b), b, rtol=1e-6) for a, b in pairs)
-    if not all(same):
+    if not all(b is not None and a.shape == b.shape and torch.allclose(a.to(b), b, rtol=1e-6) for a, b in pairs):
         raise ValueError(f"layer {name!r}: its weights are not those of net with {type(norm).__name__} folded in")
 
 
@@ -193,7 +192,7 @@ def _unfold_(layer: nn.Module, source: nn.Module, norm: nn.Module, arm: str) -> 
 def freeze_batchnorm_(model: nn.Module) -> None:
     """From now on train with the running statistics as they are, whatever `train()` is called (section 3.2.2).
 
-    y = Q(x) * Q(W gamma / sigma) + Q(beta - mu gamma / sigma); the state_dict holds that it is so.
+    y = Q(x) * Q(W gamma / sigma) + Q(beta - mu gamma / sigma), which copies and state_dicts keep.
 
     >>> freeze_batchnorm_(nn.Linear(1, 1))  # nothing to freeze
     """
