@@ -377,6 +377,21 @@ def half_steps(model: nn.Module) -> dict[str, Tensor]:
     return halves
 
 
+def half_width(direction: Direction, half_steps: Direction) -> float:
+    """Distance |S / 2| / |d|, at which the weights have moved by half a step in the root mean square.
+
+    Both norms are over the weights that `half_steps` names. Errors: ValueError where none of them moves.
+
+    >>> half_width({"w": torch.tensor([3.0, 4.0])}, {"w": torch.tensor([0.0, 0.5])})
+    0.1
+    """
+    _require_known(half_steps, direction)
+    length = _norm({n: direction[n] for n in half_steps})
+    if not length:
+        raise ValueError("direction: moves no weight that has a step")
+    return _norm(half_steps) / length
+
+
 def worst_in_cell(loss: Loss, half_steps: Direction, steps: int = 10, seed: int = 0, starts: int = 4) -> float:
     """Highest L(w + d) - L(w) found with |d_i| <= S_i / 2, so a lower bound of the true worst case in the cell.
 

@@ -14,6 +14,7 @@ from qexp.metrics.flatness import (
     Loss,
     flatness,
     half_steps,
+    half_width,
     hessian_vector_product,
     random_direction,
     sam_sharpness,
@@ -410,6 +411,16 @@ def test_moving_a_weight_by_less_than_half_a_step_from_its_level_changes_no_code
             assert torch.equal(layer.weight_quantizer.codes(level + 0.99 * sign * half), codes.clamp(-3, 3))
             beyond = layer.weight_quantizer.codes(level + 1.01 * sign * half)
             assert (beyond != codes)[inside & (codes.abs() < 3)].all()
+
+
+def test_at_the_half_width_the_mean_square_of_the_moves_is_that_of_half_steps():
+    model = quantized()
+    loss, halves = Loss(model, random_batches(8, classes=4)), half_steps(model)
+    direction = random_direction(loss, 0)
+    moved = {n: half_width(direction, halves) * direction[n] for n in halves}
+    assert flat(moved).square().mean().item() == pytest.approx(flat(halves).square().mean().item(), rel=1e-6)
+    with pytest.raises(ValueError, match="direction: moves no weight"):
+        half_width({n: torch.zeros_like(h) for n, h in halves.items()}, halves)
 
 
 def test_cells_of_levels_that_are_no_step_apart_are_refused():
