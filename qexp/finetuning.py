@@ -16,7 +16,7 @@ from qexp import prepare
 from qexp.finetune.execute import ExecuteFineTune
 from qexp.finetune.plan import FineTune
 from qexp.quant.batchnorm import reestimate_batchnorm_, refold_batchnorm_, unfold_batchnorm_
-from qexp.quant.convert import layers, quantizers, set_mode_
+from qexp.quant.convert import layers, quantizers, same_tensor, set_mode_
 from qexp.quant.dataflow import Dataflow
 from qexp.quant.estimators import Estimator, StraightThrough
 from qexp.quant.quantizer import Mode, Quantizer
@@ -39,7 +39,7 @@ def finetune_(
     """
     plan = settings.finetune
     start = {name: weight.detach().clone() for name, weight in _weights(model)}
-    _attach_(model, plan)
+    _attach_(model, plan, flow.example)
     if plan.batchnorm != "folded":
         unfold_batchnorm_(model, net, flow, plan.batchnorm)
     history = _fit(model, net, settings, data, folder, logger)
@@ -63,12 +63,16 @@ def _weights(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, layer.weight) for name, layer in layers(model) if hasattr(layer, "weight_quantizer")]
 
 
-def _attach_(model: nn.Module, plan: FineTune) -> None:
+def _attach_(model: nn.Module, plan: FineTune, images: Tensor) -> None:
     """Give quantizers their estimators, and weights the form in which they are trained."""
     for quantizer in quantizers(model):
         estimator = plan.weight if quantizer.is_weight else plan.activation
         if estimator is not None:
             quantizer.train_with_(_fitting(estimator, quantizer))
+    for first, *others in same_tensor(model, images):
+        for quantizer in others:  # engines quantize a tensor once, whoever reads it
+            for name in first.estimator.learns if first.estimator is not None else ():
+                setattr(quantizer, name, getattr(first, name))
     with torch.no_grad():
         for _, layer in layers(model):
             if hasattr(layer, "weight_quantizer") and layer.weight_quantizer.estimator is not None:

@@ -88,8 +88,16 @@ def with_winner(metrics: dict[str, Any], by_engine: dict[str, dict[str, Any]], w
         metrics["engine/winner"] = winner
 
 
-def write(folder: Path, config: dict, metrics: dict, rows: list[dict], in_float: list[tuple[str, str, str]]) -> None:
-    """Write config.yaml, layers.csv, unquantized.csv and metrics.json."""
+def write(
+    folder: Path, config: dict, metrics: dict, rows: list[dict], in_float: list[tuple[str, str, str]],
+    history: list[dict[str, float]],
+) -> None:  # fmt: skip
+    """Write config.yaml, layers.csv, unquantized.csv, metrics.json and, after fine-tuning, finetune.csv."""
+    if history:
+        with (folder / "finetune.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(name for row in history for name in row)))
+            writer.writeheader()
+            writer.writerows(history)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
     with (folder / "layers.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, LAYER_COLUMNS)

@@ -302,7 +302,7 @@ def _write(job: Run, logger: Any) -> None:
         for name, graph in job.graphs.items():
             int8 = "int8" if name == job.metrics.get("engine/winner") else f"int8_{name}"
             onnx.save(graph, folder / f"model_{name if name == 'fp32' else int8}.onnx")
-        record.write(folder, job.settings.config, job.metrics, job.rows, job.in_float)
+        record.write(folder, job.settings.config, job.metrics, job.rows, job.in_float, job.history)
     logger.metrics(job.metrics)
     columns = list(record.LAYER_COLUMNS)
     logger.table("layers", columns, [[row.get(column) for column in columns] for row in job.rows])

@@ -216,6 +216,36 @@ def set_mode_(model: nn.Module, mode: Mode) -> None:
         quantizer.mode = mode
 
 
+@torch.no_grad()
+def same_tensor(model: nn.Module, images: Tensor) -> list[list[Quantizer]]:
+    """Activation sites that read one and the same tensor, in groups; sites alone are groups of one."""
+    arrived: list[tuple[Tensor, list[Quantizer]]] = []  # tensors are kept, or another could take the place of one
+
+    def note(quantizer: Quantizer, inputs: tuple[Tensor, ...]) -> None:
+        for tensor, group in arrived:
+            if tensor is inputs[0]:
+                group.append(quantizer)
+                return
+        arrived.append((inputs[0], [quantizer]))
+
+    sites = [quantizer for quantizer in quantizers(model) if not quantizer.is_weight]
+    modes = [quantizer.mode for quantizer in sites]
+    hooks = [quantizer.register_forward_pre_hook(note) for quantizer in sites]
+    training = {module: module.training for module in model.modules()}
+    try:
+        for quantizer in sites:
+            quantizer.mode = Mode.OFF
+        model.eval()(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for quantizer, mode in zip(sites, modes, strict=True):
+            quantizer.mode = mode
+        for module, was in training.items():
+            module.training = was
+    return [group for _, group in arrived]
+
+
 @contextmanager
 def calibrating(model: nn.Module) -> Iterator[nn.Module]:
     """Observe activations inside the block; ranges are fixed and quantization is on when it ends.

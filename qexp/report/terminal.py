@@ -102,6 +102,8 @@ def run_table(metrics: dict[str, Any], engines: list[str], title: str) -> Table:
             table.add_row(label, *cells)
 
     row("accuracy, fp32", lambda get: _share(metrics.get("acc/fp32")))
+    row("accuracy, fp32 after as many steps", lambda get: _share(metrics.get("acc/control")))
+    row("accuracy before fine-tuning", lambda get: _share(metrics.get("acc/ptq")))
     row("accuracy, simulated", lambda get: _share(get("acc/sim")))
     row("accuracy, int8 engine", lambda get: _share(get("acc/engine")))
     row("drop, points", lambda get: _number(_percent(get("acc/drop")), ".2f"))
@@ -179,6 +181,8 @@ def where(job) -> None:
 # Heading -> cell, in the order of the table.
 SWEEP_COLUMNS = {
     "fp32 %": lambda get: _number(_percent(get("acc/fp32")), ".2f"),
+    "fp32 tuned %": lambda get: _number(_percent(get("acc/control")), ".2f"),
+    "PTQ %": lambda get: _number(_percent(get("acc/ptq")), ".2f"),
     "quant %": lambda get: _number(_percent(get("acc/sim") if get("acc/engine") is None else get("acc/engine")), ".2f"),
     "drop": lambda get: _number(_percent(get("acc/drop")), ".2f"),
     "SQNR dB": lambda get: _number(get("sqnr/output_db"), ".1f"),
