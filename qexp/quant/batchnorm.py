@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from qexp.quant.convert import KINDS
 from qexp.quant.dataflow import Dataflow
+from qexp.quant.distributed import var_mean_of_batch
 from qexp.quant.layers import QuantConv2d, QuantLinear
 
 ARMS = ("batch", "corrected")
@@ -91,10 +92,9 @@ class _Norm:
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
         """Mean and variance (C,) of the products without a bias, and how many values a channel has."""
         products = self._product(x, self.weight, None).to(self.weight.dtype)
-        count = products.numel() // products.shape[1]
+        var, mean, count = var_mean_of_batch(products)
         if count == 1:
             raise ValueError(f"{self.weight_quantizer.site}: one value a channel has no variance, use a larger batch")
-        var, mean = torch.var_mean(products, [d for d in range(products.dim()) if d != 1], correction=0)
         return mean, var, count
 
     def _corrected(self, x: Tensor, var: Tensor, bias: Tensor) -> Tensor:

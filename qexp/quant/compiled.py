@@ -78,7 +78,7 @@ class _FakeQuantize(torch.autograd.Function):
             grid.quant_min, grid.quant_max, rows.numel, rows.inner, rows.scale.numel(), torch.get_num_threads(),
         )  # fmt: skip
         if rounding.is_random:
-            library().drawn(*arguments, rounding.stream)
+            library().drawn(*arguments, rounding.stream, rounding.first(rows.numel))
         else:
             library().nearest(*arguments)
         ctx.inside, ctx.size = inside, (rows.numel, rows.inner)
@@ -106,7 +106,7 @@ def library() -> ctypes.CDLL:
         raise RuntimeError(f"compiled fake-quantize needs a C++ compiler: {str(error).splitlines()[0]}") from error
     tensor, number, size, count = ctypes.c_void_p, ctypes.c_float, ctypes.c_int64, ctypes.c_int
     lib.nearest.argtypes = [tensor] * 5 + [number] * 2 + [size] * 3 + [count]
-    lib.drawn.argtypes = [*lib.nearest.argtypes, ctypes.c_int32]
+    lib.drawn.argtypes = [*lib.nearest.argtypes, ctypes.c_int32, ctypes.c_int32]
     lib.where_inside.argtypes = [tensor] * 3 + [size] * 2 + [count]
     lib.nearest.restype = lib.drawn.restype = lib.where_inside.restype = None
     lib.count_cells.argtypes = [tensor] * 3 + [size] * 2 + [count] * 2 + [size, count]

@@ -101,9 +101,7 @@ class StraightThrough(Estimator):
 
     def rounding(self, quantizer: Quantizer) -> Rounding:
         mode = self.rounding_in_training
-        return (
-            quantizer.rounding if mode is None else mode.at(quantizer.site, int(quantizer.step)) if self.draws else mode
-        )
+        return quantizer.rounding if mode is None else quantizer.drawn(mode)
 
     def values(self, quantizer: Quantizer, x: Tensor, qparams: QParams) -> Tensor:
         from qexp.quant.affine import straight_through
@@ -167,8 +165,11 @@ class LSQ(Estimator):
         """What dL/dS is multiplied by."""
         if self.gradient_scale == "none":
             return 1.0
+        from qexp.quant.distributed import ranks
+
         most = float(quantizer.grid.quant_max - quantizer.zero_point.mean()) if self.gradient_scale == "full" else 1.0
-        return (x.numel() / quantizer.scale.numel() * max(most, 1.0)) ** -0.5
+        numel = x.numel() * (1 if quantizer.is_weight else ranks())
+        return (numel / quantizer.scale.numel() * max(most, 1.0)) ** -0.5
 
     def sync_(self, quantizer: Quantizer) -> None:
         set_scale_(quantizer, quantizer.learned_scale.detach())

@@ -179,10 +179,10 @@ extern "C" void nearest(const float* x, float* y, uint16_t* inside, const float*
   });
 }
 
-// the same of stochastic rounding, the stream of draws being named by its key
+// the same of stochastic rounding, the stream of draws being named by its key and x beginning at its element `first`
 extern "C" void drawn(const float* x, float* y, uint16_t* inside, const float* scale, const float* zero_point,
                       float quant_min, float quant_max, int64_t n, int64_t inner, int64_t groups, int threads,
-                      int32_t key) {
+                      int32_t key, int32_t first) {
   const int64_t words = (inner + WIDTH - 1) / WIDTH;
   const auto ranges = per_block(groups, [=](int64_t b) {
     return Interval(scale[b], zero_point[b], quant_min, quant_max, true);
@@ -195,7 +195,8 @@ extern "C" void drawn(const float* x, float* y, uint16_t* inside, const float* s
     float draws[CHUNK];
     each(count, [&](int64_t i, int64_t k) {
       if (i % CHUNK == 0) {
-        uniform(static_cast<uint32_t>(at + i), static_cast<uint32_t>(key), draws, std::min(CHUNK, count - i));
+        const uint32_t start = static_cast<uint32_t>(first) + static_cast<uint32_t>(at + i);
+        uniform(start, static_cast<uint32_t>(key), draws, std::min(CHUNK, count - i));
       }
       const Float v = Float::loadu(x + at + i, k), q = v / Float(s), lower = q.floor();
       *bits++ = same(v, range.clamp(v));

@@ -259,7 +259,7 @@ class AdditiveNoise(Estimator):
     def values(self, quantizer: Quantizer, x: Tensor, qparams: QParams) -> Tensor:
         grid, (scale, zero_point, _) = quantizer.grid, qparams
         clipped = x.clamp(scale * (grid.quant_min - zero_point), scale * (grid.quant_max - zero_point))
-        draws = Stochastic(self.seed).at(quantizer.site, int(quantizer.step)).uniform(x)
+        draws = quantizer.drawn(Stochastic(self.seed)).uniform(x)
         return clipped + scale * (draws - 0.5)
 
     def __str__(self) -> str:

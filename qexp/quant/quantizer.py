@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qexp.quant import onnx_form
 from qexp.quant.affine import QParams
-from qexp.quant.distributed import across_ranks
+from qexp.quant.distributed import across_ranks, rank
 from qexp.quant.estimators import Estimator
 from qexp.quant.granularity import blocks, join, split
 from qexp.quant.grid import Grid, IntegerGrid
@@ -76,8 +76,17 @@ class Quantizer(nn.Module):
     @property
     def rounding(self) -> Rounding:
         """The mode of rounding; a random one draws anew in every training step, and the same in all evaluations."""
-        mode = self.scheme.rounding
-        return mode.at(self.site, int(self.step)) if mode.is_random else mode
+        return self.drawn(self.scheme.rounding)
+
+    def drawn(self, mode: Rounding) -> Rounding:
+        """A mode as this site uses it in this step.
+
+        Of a batch that several ranks share, each draws for its part what one process would draw for those elements;
+        weights, which all of them hold, are rounded alike by all.
+        """
+        if not mode.is_random:
+            return mode
+        return mode.at(self.site, int(self.step), 0 if self.is_weight or not self.training else rank())
 
     @property
     def qparams(self) -> QParams:
@@ -100,6 +109,8 @@ class Quantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.mode is Mode.QUANTIZE:
+            if x.dtype in (torch.float16, torch.bfloat16):  # autocast's; codes and scales are those of float32
+                x = x.float()
             if self.training and hasattr(self, "step"):
                 self.step += 1
             if self.training and self.follows:

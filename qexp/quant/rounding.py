@@ -42,8 +42,8 @@ class Rounding:
         below = torch.nextafter(nearest, nearest.new_full((), -torch.inf))
         return below.where((nearest > at) | (inclusive & (nearest == at)), nearest)
 
-    def at(self, site: str, step: int) -> Rounding:
-        """The mode as one site uses it in one step; only random ones differ."""
+    def at(self, site: str, step: int, part: int = 0) -> Rounding:
+        """The mode as one site uses it in one step, for one of the equal parts of a batch; only random ones differ."""
         return self
 
     @property
@@ -144,7 +144,9 @@ class Stochastic(Rounding):
     """Up with a probability equal to the fractional part: SR(x) = floor(x) + Bernoulli(x - floor(x)), E[SR(x)] = x.
 
     Gupta et al. 2015, section 3.1. The draw of element i is a hash of (seed, site, step, i), a generator of its own:
-    the same seed gives the same codes whatever else draws numbers, in eager and in compiled code.
+    the same seed gives the same codes whatever else draws numbers, in eager and in compiled code. i counts through the
+    whole batch, of which x is the part number `part` where several processes share it: together they draw what one
+    process draws, and no number twice.
 
     >>> import torch
     >>> Stochastic(seed=0)(torch.full((1_000_000,), 2.25)).mean().round(decimals=2)
@@ -153,13 +155,14 @@ class Stochastic(Rounding):
 
     seed: int = 0
     key: int = 0  # of the site and the step
+    part: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed={self.seed!r}: must be an integer of at least 0")
 
-    def at(self, site: str, step: int) -> Stochastic:
-        return replace(self, key=zlib.crc32(f"{self.seed} {site} {step}".encode()))
+    def at(self, site: str, step: int, part: int = 0) -> Stochastic:
+        return replace(self, key=zlib.crc32(f"{self.seed} {site} {step}".encode()), part=part)
 
     @property
     def is_random(self) -> bool:
@@ -174,11 +177,17 @@ class Stochastic(Rounding):
         """The number of this stream of draws, a signed 32-bit integer."""
         return _int32(self.key or zlib.crc32(f"{self.seed}".encode()))
 
+    def first(self, size: int) -> int:
+        """The number in the whole batch of the first element of this part, which has so many; 32 bits of it."""
+        return _int32(self.part * size % 2**32)
+
     def uniform(self, x: Tensor) -> Tensor:
         """Independent draws from {0, 1, ..., 2^24 - 1} / 2^24, one for each element of x."""
         import torch
 
         index = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape)
+        if self.part:
+            index += self.first(x.numel())  # wraps around
         return hashed_uniform(index, self.stream)
 
     def goes_up_at(self, lower, upper, middle, codes):
