@@ -109,9 +109,8 @@ class PACT(Estimator):
 
         if not self.fits(quantizer):
             raise ValueError(f"{quantizer.site}: {self} trains activations whose range begins at zero, and no others")
-        steps, scale = quantizer.grid.quant_max, quantizer.scale
-        # S steps / steps may differ from S in the last bit; the end of the range that S was computed from does not.
-        quantizer.learned_alpha = nn.Parameter(quantizer.hi.where(quantizer.hi / steps == scale, scale * steps))
+        quantizer.learned_alpha = nn.Parameter(quantizer.scale * quantizer.grid.quant_max)
+        # A scale that is no quotient of a range, which is rare, may move by its last bit: alpha rules from now on.
         self.sync_(quantizer)
 
     def values(self, quantizer: Quantizer, x: Tensor, qparams: QParams) -> Tensor:

@@ -460,7 +460,7 @@ def test_lsq_plus_is_lsq_where_the_zero_point_is_fixed():
 
 def test_pact_starts_at_the_end_of_the_range_and_adds_its_decay():
     quantizer, _ = Case(PACT(decay=0.25), AFFINE, CHANNEL, False).training()
-    assert torch.equal(quantizer.learned_alpha, quantizer.hi)
+    torch.testing.assert_close(quantizer.learned_alpha.detach(), quantizer.hi, rtol=2.0**-23, atol=0)
     torch.testing.assert_close(quantizer.learned_alpha.detach(), quantizer.scale * 15)
     penalty = quantizer.estimator.penalty(quantizer)
     torch.testing.assert_close(penalty, 0.25 * quantizer.hi.square().sum())
@@ -480,6 +480,17 @@ def test_pact_on_a_scale_that_is_no_quotient_of_its_range(bits):
     assert ((quantizer.scale / before - 1).abs() <= 2.0**-23).all()
     x = torch.cat([alpha, alpha * 0.999, alpha * 2, -alpha]).expand(4, 8, 5)
     assert torch.equal(quantizer(x), evaluated(quantizer, x))
+
+
+@pytest.mark.parametrize("bits", range(1, 17))
+def test_pact_leaves_every_calibrated_scale_to_the_bit(bits):
+    quantizer = Quantizer(Scheme(IntegerGrid(bits, "affine"), CHANNEL), (8, 10_000), "fc.input")
+    hi = torch.rand(1, 10_000, generator=torch.Generator().manual_seed(0)) + 0.01
+    quantizer.set_range(torch.zeros_like(hi), hi)
+    before = quantizer.scale.clone()
+    quantizer.train_with_(PACT())
+    assert torch.equal(quantizer.scale, before)
+    torch.testing.assert_close(quantizer.learned_alpha.detach(), hi, rtol=2.0**-23, atol=0)
 
 
 def test_pact_fits_activations_that_begin_at_zero_alone():
