@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qexp.finetune.plan import FineTune
 from qexp.quant.batchnorm import freeze_batchnorm_
 from qexp.quant.convert import layers, quantizers
+from qexp.quant.distributed import mean_across_ranks
 from qexp.quant.quantizer import Mode, Quantizer
 from qexp.quant.rounding import HalfEven, Rounding
 
@@ -72,7 +73,7 @@ class ExecuteFineTune(pl.Callback):
             task.log("finetune/changed_codes", self._changed[-1])
 
     def on_train_epoch_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
-        row = {"epoch": trainer.current_epoch, "loss": float(torch.stack(self._losses).mean())}
+        row = {"epoch": trainer.current_epoch, "loss": float(mean_across_ranks(torch.stack(self._losses).mean()))}
         if self._changed:
             row["changed_codes"] = float(torch.stack(self._changed).mean())
         self.history.append(row)

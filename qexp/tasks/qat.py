@@ -46,7 +46,7 @@ class QATTask(EvaluatedTask):
     def _distance(self, images: Tensor, logits: Tensor) -> Tensor:
         (teacher,), temperature = self._teacher, self.plan.temperature
         with torch.no_grad():
-            wanted = F.log_softmax(teacher(images) / temperature, dim=1)
+            wanted = F.log_softmax(teacher.to(images.device)(images) / temperature, dim=1)
         found = F.log_softmax(logits / temperature, dim=1)
         return temperature**2 * F.kl_div(found, wanted, reduction="batchmean", log_target=True)
 
