@@ -130,7 +130,7 @@ def _gradient(loss: Tensor, weights: dict[str, Tensor], **options) -> tuple[Tens
 
 
 def hessian_vector_product(loss: Loss, direction: Direction) -> dict[str, Tensor]:
-    """H v = d/dw (dL/dw . v), the Hessian H = d2L/dw2 times a vector (Pearlmutter 1994, section 2).
+    """H v = d/dw (dL/dw . v), the Hessian H = d2L/dw2 times a vector (Pearlmutter 1994).
 
     Shapes: as the parameters, names that miss in v are zeros. Errors: ValueError for a model that autograd cannot
     differentiate twice, such as one that quantizes: its Hessian is that of the float model at the weights meant.

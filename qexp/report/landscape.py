@@ -134,9 +134,9 @@ def contour_figure(
 ) -> Figure:
     """Losses of named minima in the plane of two directions, in the same colours (Li et al. 2018, section 3).
 
-    Every ring between two colours is the same factor of loss; a cross stands at the weights, and a dashed circle the distance
-    that is worth half a quantization step. Errors: ValueError without planes, for shapes that do not fit, and for
-    losses that are not positive and finite.
+    Every ring between two colours is the same factor of loss; a cross stands at the weights, a dashed circle at the
+    distance that is worth half a quantization step. Errors: ValueError without planes, for shapes that do not fit, and
+    for losses that are not positive and finite.
 
     >>> figure = contour_figure({"float": ([-1, 0, 1], [-1, 1], [[1, 1], [0.1, 0.1], [1, 1]])})
     >>> [axes.get_title(loc="left") for axes in figure.axes]

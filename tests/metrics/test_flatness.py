@@ -224,11 +224,8 @@ def test_a_filter_of_zeros_stands_still():
     assert direction["weight"][1].tolist() == [0, 0, 0]
 
 
-@network
-def test_filter_normalised_slices_do_not_see_the_scale_between_layers(loss):
-    # ReLU and BatchNorm are scale free; tanh is not, so only its last layer is scaled, with the loss following.
-    if isinstance(loss.model[0], nn.Linear):
-        return
+def test_filter_normalised_slices_do_not_see_the_scale_of_a_layer_before_batchnorm():
+    loss = trained(convolutional, (1, 8, 8))
     before = slice_1d(loss, random_direction(loss, 0), [-0.5, 0.0, 0.7]).losses
     twin = convolutional()
     twin.load_state_dict(loss.model.state_dict())
@@ -375,8 +372,7 @@ def test_what_is_found_in_a_cell_lies_in_it_and_grows_with_it():
     assert worst_in_cell(loss, only) <= 0.2  # a logit that moves by h moves the loss by no more than 2 h
 
 
-def test_beyond_the_corner_of_the_gradient_random_starts_find_more():
-    # Along w the loss rises slowly to the right and steeply to the left, behind a valley.
+def test_along_one_weight_the_worst_is_at_the_higher_end():
     loss = quadratic([2.0], [0.1])
     cell = {"w": torch.tensor([0.5], dtype=torch.float64)}
     assert worst_in_cell(loss, cell) == pytest.approx(0.25 + 0.05)
@@ -385,6 +381,11 @@ def test_beyond_the_corner_of_the_gradient_random_starts_find_more():
     right = (0.44**2 - 0.06**2) + 0.11 * 0.5
     left = (0.56**2 - 0.06**2) - 0.11 * 0.5
     assert worst_in_cell(loss, cell) == pytest.approx(max(left, right))
+
+
+def test_the_worst_is_the_highest_on_the_way_and_not_where_it_ends():
+    loss = quadratic([-2.0], [0.5])  # w / 2 - w^2, whose ascent goes back and forth between 0 and 0.3
+    assert worst_in_cell(loss, {"w": torch.tensor([0.6], dtype=torch.float64)}) == pytest.approx(0.06)
 
 
 @pytest.mark.parametrize(
@@ -471,7 +472,9 @@ class Square(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("function", "after"), [(Once.apply, False), (Once.apply, True), (Detached.apply, False)], ids=str
+    ("function", "after"),
+    [(Once.apply, False), (Once.apply, True), (Detached.apply, False)],
+    ids=["once at the end", "once inside", "detached"],
 )
 def test_a_network_that_cannot_be_differentiated_twice_is_refused(function, after):
     loss = Loss(Square(function, after), random_batches(3, classes=2))
