@@ -25,6 +25,7 @@ from qexp.settings import ConfigError, Settings, build
 from qexp.store import StoreError, TensorCache
 from qexp.tasks.fp32 import Float32Task
 from qexp.tasks.progress import TellProgress
+from qexp.tasks.ranks import Trainer, require_shareable
 
 
 def data_module(config: dict[str, Any]) -> pl.LightningDataModule:
@@ -131,6 +132,7 @@ def ready(settings: Settings) -> tuple[pl.LightningDataModule, nn.Module, list[E
     engines = [build(section, f"engine.engines.{name}") for name, section in config["engine"]["engines"].items()]
     data = data_module(config)
     net = network(config, data)
+    _require_shareable(config, net, data)
     if settings.finetune is not None:
         _require_optimizer(settings)
     if settings.method != "fp32":
@@ -145,6 +147,15 @@ def ready(settings: Settings) -> tuple[pl.LightningDataModule, nn.Module, list[E
         except ValueError as error:
             raise ConfigError(blamed(error)) from None
     return data, net, engines
+
+
+def _require_shareable(config: dict[str, Any], net: nn.Module, data: pl.LightningDataModule) -> None:
+    devices = config["trainer"]["devices"]
+    try:
+        if devices > 1:
+            require_shareable(net, data.train_dataloader(), devices)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _require_optimizer(settings: Settings) -> None:
@@ -181,7 +192,7 @@ def blamed(error: ValueError) -> str:
 
 
 def trainer(config: dict[str, Any], update: terminal.Update, fit: bool = False, logger: Any = False) -> pl.Trainer:
-    """A Lightning trainer for one pass, or with fit=True for training; passes are on the CPU, as the engines are."""
+    """A Lightning trainer for one pass, or with fit=True for training; a pass is made on the CPU, as by the engines."""
     try:
         return _trainer(config, update, fit, logger)
     except MisconfigurationException as error:
@@ -189,10 +200,11 @@ def trainer(config: dict[str, Any], update: terminal.Update, fit: bool = False, 
 
 
 def _trainer(config: dict[str, Any], update: terminal.Update, fit: bool, logger: Any, **more: Any) -> pl.Trainer:
+    section = config["trainer"]
+    where = {name: section[name] for name in ("accelerator", "devices", "precision", "threads")}
     options = {
-        "max_epochs": config["trainer"]["epochs"],
-        "accelerator": config["trainer"]["accelerator"] if fit else "cpu",
-        "devices": 1,
+        "max_epochs": section["epochs"],
+        **(where if fit else {"accelerator": "cpu"}),
         "logger": logger,
         "deterministic": True,
         "enable_checkpointing": False,
@@ -202,7 +214,7 @@ def _trainer(config: dict[str, Any], update: terminal.Update, fit: bool, logger:
         "log_every_n_steps": 10,
         "num_sanity_val_steps": 0,
     }
-    return pl.Trainer(**(options | more))
+    return Trainer(**(options | more))
 
 
 def finetuning_trainer(

@@ -55,7 +55,10 @@ class Settings:
 
 
 # What a config of the user's own may leave out.
-OPTIONAL = [("calibration", "logits", None), ("engine", "required", False)]
+OPTIONAL = [
+    ("calibration", "logits", None), ("engine", "required", False), ("trainer", "devices", 1),
+    ("trainer", "precision", "32-true"),
+]  # fmt: skip
 # Every section with the keys it may hold; None: the keys are those of its _target_.
 SECTIONS: dict[str, tuple[str, ...] | None] = {
     "method": ("name",),
@@ -67,7 +70,7 @@ SECTIONS: dict[str, tuple[str, ...] | None] = {
     "model": None,
     "data": None,
     "engine": ("engines", "required", "threads", "batch_size", "seconds"),
-    "trainer": ("epochs", "lr", "weight_decay", "accelerator", "threads"),
+    "trainer": ("epochs", "lr", "weight_decay", "accelerator", "devices", "precision", "threads"),
     "logger": None,
     "paths": ("outputs",),
     "seed": (),
@@ -76,6 +79,7 @@ SECTIONS: dict[str, tuple[str, ...] | None] = {
 CHOICES = {
     "method.name": ("fp32", "ptq", "qat"),
     "trainer.accelerator": ("cpu", "gpu", "auto"),
+    "trainer.precision": ("32-true", "bf16-mixed", "16-mixed"),
     "progress": ("auto", True, False),
     "engine.required": (True, False),
 }
@@ -88,6 +92,7 @@ NUMBERS: dict[str, tuple[type, float, bool]] = {
     "trainer.epochs": (int, 1, True),
     "trainer.lr": (float, 0, False),
     "trainer.weight_decay": (float, 0, True),
+    "trainer.devices": (int, 1, True),
     "trainer.threads": (int, 1, True),
 }
 # group -> whole-number option of qexp's own classes -> smallest allowed value
@@ -101,7 +106,7 @@ FOLDERS = {
     "qexp.data.ImageFolder": "the folders train and val",
 }
 # key -> largest allowed value; numpy's for the seed
-MOST = {"seed": 2**32 - 1, "engine.threads": 1024, "trainer.threads": 1024}
+MOST = {"seed": 2**32 - 1, "engine.threads": 1024, "trainer.devices": 1024, "trainer.threads": 1024}
 
 
 def settings(config: DictConfig) -> Settings:
@@ -125,6 +130,7 @@ def settings(config: DictConfig) -> Settings:
     for key, most in MOST.items():
         if _lookup(plain, key) > most:
             raise ConfigError(f"{key}={_lookup(plain, key)}: must be at most {most}")
+    _refuse_devices(plain)
     _check_targets(plain)
     _check_own_options(plain)
     recipe = _recipe(plain)
@@ -239,6 +245,16 @@ def _check_target(section: Any, key: str) -> None:
     target = section.get("_target_") if isinstance(section, dict) else None
     if not isinstance(target, str) or not re.fullmatch(r"\w+(\.\w+)+", target):
         raise ConfigError(f"{key}: must hold a _target_, the import path of a class or function, but is {section!r}")
+
+
+def _refuse_devices(plain: dict[str, Any]) -> None:
+    trainer, batch_size = plain["trainer"], plain["data"].get("batch_size")
+    if trainer["precision"] == "16-mixed" and trainer["accelerator"] == "cpu":
+        raise ConfigError("trainer.precision=16-mixed: needs a GPU (trainer.accelerator=gpu); CPUs have bf16-mixed")
+    if isinstance(batch_size, int) and batch_size % trainer["devices"]:
+        raise ConfigError(
+            f"trainer.devices={trainer['devices']}: does not divide data.batch_size={batch_size} into equal parts"
+        )
 
 
 def _check_targets(plain: dict[str, Any]) -> None:

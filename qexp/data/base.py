@@ -6,9 +6,10 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, Subset
 
 from qexp.data.options import require_whole
+from qexp.quant.distributed import rank, ranks
 
 # Turns a source (a tensor, a path) into an image; with a generator it may augment.
 Read = Callable[[Any, torch.Generator | None], torch.Tensor]
@@ -40,23 +41,90 @@ class Samples(Dataset):
 class SeededOrder(Sampler):
     """Pairs (index, seed) in a fresh random order each epoch, all drawn from one generator.
 
-    The seeds travel with the indices so that augmentation does not depend on the worker count.
+    The seeds travel with the indices so that augmentation does not depend on the worker count. Epochs follow each other
+    unless `set_epoch` says which one comes next; Lightning does, so a resumed training goes on in its own order.
 
-    >>> sorted(index for index, seed in SeededOrder(3, torch.Generator().manual_seed(0)))
-    [0, 1, 2]
+    >>> order = SeededOrder(3, torch.Generator().manual_seed(0))
+    >>> first, second = list(order), list(order)
+    >>> order.set_epoch(1)
+    >>> list(order) == second, sorted(index for index, seed in first)
+    (True, [0, 1, 2])
     """
 
     def __init__(self, size: int, generator: torch.Generator):
         self.size = size
         self.generator = generator
+        self._before = generator.get_state()
+        self._epoch = self._drawn = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make this epoch the next one; epochs that are passed over are drawn and forgotten."""
+        self._epoch = epoch
 
     def __len__(self) -> int:
         return self.size
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = torch.randperm(self.size, generator=self.generator)
-        seeds = torch.randint(2**62, (self.size,), generator=self.generator)
+        if self._epoch < self._drawn:
+            self.generator.set_state(self._before)
+            self._drawn = 0
+        while self._drawn <= self._epoch:
+            order = torch.randperm(self.size, generator=self.generator)
+            seeds = torch.randint(2**62, (self.size,), generator=self.generator)
+            self._drawn += 1
+        self._epoch = self._drawn
         return iter(list(zip(order.tolist(), seeds.tolist(), strict=True)))
+
+
+class Shares(Sampler):
+    """Of every batch of a batch sampler this rank's part: the first of two ranks has its first half.
+
+    So all ranks together see, batch by batch, what one process sees. Errors: ValueError for a batch that the number of
+    ranks does not divide.
+
+    >>> list(Shares([[3, 1, 2, 0]]))  # one process
+    [[3, 1, 2, 0]]
+    """
+
+    def __init__(self, batches: Sampler):
+        self.batches = batches
+
+    @property
+    def sampler(self) -> Any:
+        """Where Lightning looks for `set_epoch`."""
+        return getattr(self.batches, "sampler", None)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list]:
+        count, number = ranks(), rank()
+        for batch in self.batches:
+            require_divisible(len(batch), count)
+            size = len(batch) // count
+            yield batch[number * size : (number + 1) * size]
+
+
+def require_divisible(size: int, devices: int) -> None:
+    """Refuse a batch that cannot be divided. Errors: ValueError."""
+    if size % devices:
+        raise ValueError(f"trainer.devices={devices}: a batch of {size} images cannot be divided into equal parts")
+
+
+def shared_loader(loader: DataLoader, devices: int) -> DataLoader:
+    """The same batches, of which each of several ranks loads its part. Errors: ValueError where that cannot be."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or not loader.batch_sampler:
+        raise ValueError(f"trainer.devices={devices}: training data must come from a DataLoader that makes batches")
+    batches = loader.batch_sampler
+    if type(batches) is BatchSampler:
+        whole, rest = divmod(len(batches.sampler), batches.batch_size)
+        for size in [batches.batch_size] * bool(whole) + [rest] * bool(rest and not batches.drop_last):
+            require_divisible(size, devices)
+    same = (
+        "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context",
+        "generator", "prefetch_factor", "persistent_workers",
+    )  # fmt: skip
+    return DataLoader(loader.dataset, batch_sampler=Shares(batches), **{name: getattr(loader, name) for name in same})
 
 
 class DataModule(pl.LightningDataModule):
