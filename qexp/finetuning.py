@@ -18,8 +18,8 @@ from qexp.finetune.plan import FineTune
 from qexp.quant.batchnorm import reestimate_batchnorm_, refold_batchnorm_, unfold_batchnorm_
 from qexp.quant.convert import layers, quantizers, same_tensor, set_mode_
 from qexp.quant.dataflow import Dataflow
-from qexp.quant.estimators import Estimator, StraightThrough
-from qexp.quant.quantizer import Mode, Quantizer
+from qexp.quant.estimators import StraightThrough
+from qexp.quant.quantizer import Mode
 from qexp.report import terminal
 from qexp.settings import Settings
 from qexp.store import StoreError
@@ -68,22 +68,16 @@ def _attach_(model: nn.Module, plan: FineTune, images: Tensor) -> None:
     for quantizer in quantizers(model):
         estimator = plan.weight if quantizer.is_weight else plan.activation
         if estimator is not None:
-            quantizer.train_with_(_fitting(estimator, quantizer))
+            quantizer.train_with_(estimator if estimator.fits(quantizer) else StraightThrough())
     for first, *others in same_tensor(model, images):
         for quantizer in others:  # engines quantize a tensor once, whoever reads it
-            for name in first.estimator.learns if first.estimator is not None else ():
+            for name in first.learned:
                 setattr(quantizer, name, getattr(first, name))
     with torch.no_grad():
         for _, layer in layers(model):
             if hasattr(layer, "weight_quantizer") and layer.weight_quantizer.estimator is not None:
                 quantizer = layer.weight_quantizer
                 layer.weight.copy_(quantizer.estimator.start(quantizer, layer.weight.detach()))
-
-
-def _fitting(estimator: Estimator, quantizer: Quantizer) -> Estimator:
-    """The estimator itself, or the straight-through one at the sites that it is not made for."""
-    fits = getattr(estimator, "fits", None)
-    return estimator if fits is None or fits(quantizer) else StraightThrough()
 
 
 def _fit(
@@ -95,21 +89,26 @@ def _fit(
     task.train()
     execute = ExecuteFineTune(plan, model)
     keep = ModelCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False)
-    last = folder / LAST
     with terminal.stage(f"fine-tuning, {settings.config['finetune']['name']}, {plan}") as update:
         trainer = prepare.finetuning_trainer(settings.config, plan.epochs, update, [execute, keep], logger)
         try:
-            trainer.fit(task, data.train_dataloader(), ckpt_path=last if last.exists() else None, weights_only=True)
+            trainer.fit(task, data.train_dataloader(), ckpt_path=_readable(folder / LAST), weights_only=True)
         except ValueError as error:
-            kept = f"; the last good epoch is kept in {last}" if last.exists() else ""
+            kept = f"; the last good epoch is kept in {folder / LAST}" if (folder / LAST).exists() else ""
             raise ValueError(f"{error}{kept}") from error
-        except (RuntimeError, KeyError, OSError) as error:
-            if last.exists() and trainer.global_step == 0:
-                raise StoreError(
-                    f"checkpoint {last} is damaged; delete {folder} to fine-tune from the start"
-                ) from error
-            raise
     return execute.history
+
+
+def _readable(checkpoint: Path) -> Path | None:
+    """The checkpoint, where there is one. Errors: StoreError when it is damaged."""
+    if not checkpoint.exists():
+        return None
+    try:
+        torch.load(checkpoint, weights_only=True, map_location="cpu")["state_dict"]
+    except Exception as error:  # whatever a damaged file makes the reader raise
+        why = f"checkpoint {checkpoint} is damaged ({type(error).__name__})"
+        raise StoreError(f"{why}; delete {checkpoint.parent} to fine-tune from the start") from None
+    return checkpoint
 
 
 @torch.no_grad()

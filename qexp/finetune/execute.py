@@ -40,10 +40,10 @@ class ExecuteFineTune(pl.Callback):
         self.history = state["history"]
 
     def on_train_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
-        if self.plan.update is not None:
-            round_weights_(task.net, HALF_EVEN, 0)
         if trainer.current_epoch:  # a checkpoint holds the scales of the epoch before
             self._set_bits(task.net, trainer.current_epoch - 1, rescale=False)
+        if self.plan.update is not None:
+            round_weights_(task.net, HALF_EVEN, 0)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
         epoch, plan = trainer.current_epoch, self.plan

@@ -12,6 +12,8 @@ from qexp.quant.rounding import Rounding
 class Factory(Protocol):
     """Makes an optimizer or a scheduler; of what is `offered`, it takes the arguments that it has names for."""
 
+    section: dict[str, Any]
+
     def __call__(self, *args: Any, **options: Any) -> Any: ...
 
     def offered(self, **options: Any) -> dict[str, Any]: ...
@@ -23,6 +25,8 @@ class FineTune:
 
     weight, activation  estimators of the two kinds of tensors; None: they stay in float while the network trains
     epochs, optimizer   the length, and a factory that gets the groups of parameters
+    range_lr            absolute: learned ranges have the same learning rate; relative: times their own size, for
+                        optimizers whose steps do not follow the size of the gradient, as Adam
     scheduler           a factory that gets the optimizer (and T_max or total_steps where it has such), or None
     start               the epoch in which quantization begins; the network trains in float before
     observe             ranges follow the data for so many epochs, then they freeze
@@ -46,6 +50,7 @@ class FineTune:
     activation: Estimator | None
     epochs: int = 3
     optimizer: Factory | None = None
+    range_lr: str = "absolute"
     scheduler: Factory | None = None
     start: int = 0
     observe: int = 0
@@ -70,6 +75,7 @@ class FineTune:
             self._whole("batchnorm_freeze", 0, self.epochs)
         self._choice("batchnorm", self.BATCHNORMS)
         self._choice("after", self.AFTER)
+        self._choice("range_lr", ("absolute", "relative"))
         self._choice("reestimate", (True, False))
         self._number("distill", 0.0, 1.0)
         self._number("temperature", 1e-6, None)
@@ -79,6 +85,12 @@ class FineTune:
         if self.observe and any(estimator.learns for estimator in self.estimators):
             raise ValueError(
                 f"finetune.observe={self.observe}: ranges that are learned do not follow the data; choose 0"
+            )
+        if self.range_lr == "relative" and any(e.learns for e in self.estimators) and self.lr is None:
+            raise ValueError("finetune.range_lr=relative: needs finetune.optimizer.lr, of which it is a multiple")
+        if self.update is not None and (self.weight is None or self.weight.learns):
+            raise ValueError(
+                f"finetune.update={self.update}: needs weights whose grid is fixed, not weight={self.weight}"
             )
         for bits in self.gradual:
             if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 16:
@@ -90,6 +102,11 @@ class FineTune:
     def estimators(self) -> tuple[Estimator, ...]:
         """Those in use."""
         return tuple(estimator for estimator in (self.weight, self.activation) if estimator is not None)
+
+    @property
+    def lr(self) -> float | None:
+        """The learning rate that the optimizer is given."""
+        return None if self.optimizer is None else self.optimizer.section.get("lr")
 
     @property
     def is_float(self) -> bool:

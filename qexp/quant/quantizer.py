@@ -210,7 +210,7 @@ class Quantizer(nn.Module):
         if rescale and not self.dynamic:
             self.set_range(lowest, highest)
             if self.estimator is not None:
-                learned = {name: getattr(self, name) for name in self.estimator.learns if hasattr(self, name)}
+                learned = {name: getattr(self, name) for name in self.learned}
                 self.estimator.attach_(self)
                 for name, parameter in learned.items():  # which the optimizer holds
                     parameter.copy_(getattr(self, name))
@@ -228,6 +228,11 @@ class Quantizer(nn.Module):
         estimator.attach_(self)
         self.estimator = estimator
 
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """Names of what the estimator gave this quantizer to learn."""
+        return tuple(name for name in (self.estimator.learns if self.estimator else ()) if hasattr(self, name))
+
     @torch.no_grad()
     def settle_(self, x: Tensor | None = None) -> Tensor | None:
         """End training: what was learned stays in scale and zero point. Returns what is to be quantized from now on.
@@ -238,9 +243,8 @@ class Quantizer(nn.Module):
             return x
         self.estimator.sync_(self)
         settled = x if x is None else self.estimator.before(self, x).detach().clone()
-        for name in self.estimator.learns:
-            if hasattr(self, name):
-                delattr(self, name)
+        for name in self.learned:
+            delattr(self, name)
         self.estimator = None
         if not self.scheme.rounding.is_random and hasattr(self, "step"):
             del self.step

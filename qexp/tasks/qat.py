@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from torch.nn import functional as F
 
 from qexp.finetune.plan import FineTune
 from qexp.quant.convert import quantizers
+from qexp.quant.quantizer import Mode
 from qexp.tasks.evaluated import EvaluatedTask
 
 
@@ -17,8 +20,8 @@ class QATTask(EvaluatedTask):
     """Trains a network whose quantizers have estimators, by a plan.
 
     loss = (1 - d) CE(y, labels) + d T^2 KL(softmax(y_teacher / T) || softmax(y / T)) + penalties
-    (Hinton et al. 2015, section 2), d = plan.distill, T = plan.temperature. Parameters of one dimension (biases,
-    learned ranges) are not decayed. Errors: ValueError when the loss is not finite, and for `plan.frozen` that
+    (Hinton et al. 2015, section 2), d = plan.distill, T = plan.temperature. Biases and learned ranges are
+    not decayed. Errors: ValueError when the loss is not finite, and for `plan.frozen` that
     matches nothing.
     """
 
@@ -36,12 +39,17 @@ class QATTask(EvaluatedTask):
         loss = F.cross_entropy(logits, labels)
         if self.plan.distill:
             loss = torch.lerp(loss, self._distance(images, logits), self.plan.distill)
-        penalties = [q.estimator.penalty(q) for q in quantizers(self.net) if q.training and q.estimator is not None]
-        loss = loss + sum(penalties)
+        loss = loss + self._penalties()
         if not bool(loss.isfinite()):
             raise ValueError(self._diverged(loss, index))
         self.log("train/loss", loss, prog_bar=True)
         return loss
+
+    def _penalties(self) -> Tensor | float:
+        """Of each set of learned parameters once; sites that read one tensor share one."""
+        learning = [q for q in quantizers(self.net) if q.learned and q.mode is Mode.QUANTIZE]
+        once = {id(getattr(q, q.learned[0])): q for q in learning}
+        return sum(q.estimator.penalty(q) for q in once.values())
 
     def _distance(self, images: Tensor, logits: Tensor) -> Tensor:
         (teacher,), temperature = self._teacher, self.plan.temperature
@@ -68,13 +76,23 @@ class QATTask(EvaluatedTask):
                 trained.pop(name).requires_grad_(False)
         if not trained:
             raise ValueError(f"finetune.frozen={list(plan.frozen)}: leaves no parameter to train")
-        undecayed = [name for name, p in trained.items() if p.dim() <= 1 or "learned_" in name]
-        others = [trained.pop(name) for name in undecayed]
-        decayed = list(trained.values())
-        groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
-        optimizer = plan.optimizer([group for group in groups if group["params"]])
+        optimizer = plan.optimizer(list(self._groups(trained)))
         if plan.scheduler is None:
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)
         scheduler = plan.scheduler(optimizer, **plan.scheduler.offered(T_max=steps, total_steps=steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _groups(self, trained: dict[str, nn.Parameter]) -> Iterator[dict[str, Any]]:
+        """Matrices; biases and the like; each learned range by itself, with a learning rate that fits its size."""
+        ranges = {name: trained.pop(name) for name in list(trained) if "learned_" in name}
+        matrices = [p for p in trained.values() if p.dim() > 1]
+        if matrices:
+            yield {"params": matrices}
+        if len(matrices) < len(trained):
+            yield {"params": [p for p in trained.values() if p.dim() <= 1], "weight_decay": 0.0}
+        for parameter in ranges.values():
+            group = {"params": [parameter], "weight_decay": 0.0}
+            if self.plan.range_lr == "relative":
+                group["lr"] = self.plan.lr * float(parameter.detach().abs().mean())
+            yield group

@@ -16,7 +16,7 @@ ORDER = [
     {"models", "data", "metrics"},
     {"finetune", "tasks", "engines"},
     {"analysis"},
-    {"store", "machine", "settings", "tracking", "record", "report", "prepare", "passes", "caches", "stopping"},
+    {"store", "machine", "settings", "tracking", "record", "report", "prepare", "passes", "caches", "stopping", "finetuning"},
     {"run", "jobs"},
     {"cli", "levels_cli", "__main__"},
 ]
