@@ -1,9 +1,9 @@
 """Quantization-aware training on the digits: what it reaches, what it reaches in brevitas, and what a step costs.
 
-Accuracy is of the simulation, in percent: the mean over seeds and the half width of its 95 % t-interval; of a difference
-it is that of the differences within a seed. Float networks are trained once a seed and kept in --outputs. All sides of
-the table of steps are timed in random interleaving in one process; a ratio is the fastest step over the fastest step.
-On one thread the whole takes some ten minutes, most of it the accuracies.
+Accuracy is of the simulation, in percent: the mean over seeds and the half width of its 95 % t-interval; that of a
+difference is of the differences within a seed. Float networks are trained once a seed and kept in --outputs. All sides
+of the table of steps are timed in random interleaving in one process; a ratio is the fastest step over the fastest
+step. Networks train on one thread, which takes a few minutes for five seeds.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def finished(outputs: Path, model: str, bits: int, seed: int, *chosen: str) -> R
     """One run of qexp, by the overrides of its command line, with activations of 4 bits."""
     widths = f"quantizer.weight.bits={bits}", "quantizer.activation.bits=4"
     usual = "engine=none", "logger=none", "progress=false", "data=digits", "data.train_share=0.5", "quantizer=int4"
-    (job,) = compose_jobs([f"model={model}", f"seed={seed}", *usual, *widths, f"paths.outputs={outputs}", *chosen], False)
+    overrides = f"model={model}", f"seed={seed}", f"paths.outputs={outputs}", *usual, *widths, *chosen
+    (job,) = compose_jobs(list(overrides), False)
     return run(job.settings)
 
 
@@ -251,7 +252,7 @@ def step_costs(outputs: Path, bits: int, seconds: float) -> list[dict]:
         compiled.warm_up()
     except RuntimeError as error:
         missing = {f"{side}, compiled": str(error) for side in STEPS}
-    calls = {FLOAT: _step(copy.deepcopy(job.net), _plan("lsq"), images, labels)}
+    calls = {FLOAT: _step(copy.deepcopy(job.net), images, labels)}
     for side, (name, follows) in STEPS.items():
         calls[side] = _uncompiled(_ours(job, name, follows, images, labels))
         if f"{side}, compiled" not in missing:
@@ -262,7 +263,7 @@ def step_costs(outputs: Path, bits: int, seconds: float) -> list[dict]:
     else:
         try:
             batches = [images for images, _ in prepare.calibration_loader(job.data, 0)]
-            calls[PEER] = _step(in_brevitas(job, bits, 4, batches), _plan("lsq"), images, labels)
+            calls[PEER] = _step(in_brevitas(job, bits, 4, batches), images, labels)
             calls[PEER]()
         except Exception as error:  # a rival may fail in any way, which its row tells
             calls.pop(PEER, None)
@@ -289,13 +290,13 @@ def _ours(job: Run, name: str, follows: bool, images: Tensor, labels: Tensor) ->
     for quantizer in quantizers(model):
         quantizer.train_with_(plan.weight if quantizer.is_weight else plan.activation)
         quantizer.follows = follows
-    return _step(model, plan, images, labels)
+    return _step(model, images, labels)
 
 
-def _step(net: nn.Module, plan: FineTune, images: Tensor, labels: Tensor) -> Callable[[], None]:
-    """A step with the plan's optimizer, and what fine-tuning does for a quantizer in a step besides."""
+def _step(net: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
+    """A step with the optimizer of the recipe, on all sides, and what fine-tuning does for a quantizer besides."""
     net.train()
-    optimizer, sites = plan.optimizer([{"params": list(net.parameters())}]), list(quantizers(net))
+    optimizer, sites = _plan("distill").optimizer([{"params": list(net.parameters())}]), list(quantizers(net))
 
     def call() -> None:
         optimizer.zero_grad()
