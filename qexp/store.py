@@ -15,8 +15,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-# Where a run writes, how it is logged and what it prints do not change its result.
-NOT_IDENTITY = ("paths", "logger", "progress")
+# Where a run writes, how it is logged, what it prints and how fast it is do not change its result.
+NOT_IDENTITY = ("paths", "logger", "progress", "compiled")
 
 
 class StoreError(Exception):

@@ -32,7 +32,7 @@ def test_every_command_of_the_docs_composes(words, tmp_path):
     overrides = [w for w in words if "=" in w]
     jobs = compose_jobs(overrides, "-m" in words, config_dir)
     assert jobs
-    assert all(job.settings.method in ("fp32", "ptq") for job in jobs)
+    assert all(job.settings.method in ("fp32", "ptq", "qat") for job in jobs)
 
 
 def test_the_table_of_metrics_is_that_of_the_code():

@@ -1,7 +1,6 @@
 """Fine-tuning from end to end: where it starts, what it leaves, how it goes on after a kill, what it refuses."""
 
 import csv
-import json
 import subprocess
 import sys
 import time
@@ -236,6 +235,9 @@ REFUSED = {
     "finetune=ste finetune.weight.gradient=soft": "finetune.weight.gradient='soft': allowed are clipped, identity",
     "finetune=ste +finetune.speed=3": "finetune.speed: no such key",
     "finetune=ste finetune.optimizer=null": "finetune.optimizer=null: must hold a _target_",
+    "finetune=low_precision finetune.batchnorm=batch": "needs batchnorm=folded",
+    "finetune=dorefa finetune.batchnorm=batch": "finetune.batchnorm=batch: weight=dorefa needs batchnorm=folded",
+    "finetune=ste finetune.range_lr=slow": "finetune.range_lr='slow': allowed are absolute, relative",
     "finetune=ste finetune.after=later": "finetune.after='later': allowed are convert, recalibrate",
 }
 

@@ -157,13 +157,12 @@ def refuse_unquantizable(model: nn.Module, recipe: Recipe, shapes: Shapes | None
                 f"layer {name!r} is a {type(module).__name__}, which has weights but no quantized counterpart: "
                 f"exclude it, or use one of {', '.join(kind.__name__ for kind in QUANTIZED)}"
             )
-
-
     found = list(targets(model, recipe))
     if not any(hasattr(module, "weight") for _, module in found):
         if recipe.exclude:
             raise ValueError(f"exclude={list(recipe.exclude)}: leaves no layer of {type(model).__name__} to quantize")
-        raise ValueError(f"{type(model).__name__} has no layer to quantize; known are {', '.join(KINDS.values())}")
+        known = ", ".join(kind.__name__ for kind in QUANTIZED)
+        raise ValueError(f"{type(model).__name__} has no layer to quantize; known are {known}")
     for name, module in found:
         if hasattr(module, "weight"):
             _require_blocks(f"{name}.weight", recipe.weight, module.weight.shape)

@@ -27,6 +27,7 @@ class Estimator:
     """
 
     learns: ClassVar[tuple[str, ...]] = ()
+    transforms: ClassVar[bool] = False  # whether `before` is more than the identity
 
     def refusal(self, scheme: Scheme, is_weight: bool) -> str | None:
         """Why this estimator cannot train a tensor of this scheme; None where it can."""

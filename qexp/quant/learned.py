@@ -202,6 +202,7 @@ class DoReFa(Estimator):
     dorefa
     """
 
+    transforms: ClassVar[bool] = True
     learns: ClassVar[tuple[str, ...]] = ("magnitude",)  # a buffer: no gradient, but as long-lived as what is learned
 
     def refusal(self, scheme: Scheme, is_weight: bool) -> str | None:

@@ -11,15 +11,20 @@ import qexp
 
 ROOT = Path(qexp.__file__).parent
 # Nothing imports from a later row.
+# fmt: off
 ORDER = [
     {"quant"},
     {"models", "data", "metrics"},
     {"finetune", "tasks", "engines"},
     {"analysis"},
-    {"store", "machine", "settings", "tracking", "record", "report", "prepare", "passes", "caches", "stopping", "finetuning"},
+    {
+        "store", "machine", "settings", "tracking", "record", "report", "prepare", "passes", "caches", "stopping",
+        "finetuning", "flat",
+    },
     {"run", "jobs"},
-    {"cli", "levels_cli", "__main__"},
+    {"cli", "levels_cli", "flatness_cli", "__main__"},
 ]
+# fmt: on
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 ENGINES = {"onnx", "onnxruntime", "onnxscript", "openvino"}
 SOURCES = {path.relative_to(ROOT).as_posix(): path for path in sorted(ROOT.rglob("*.py"))}
