@@ -103,7 +103,8 @@ class _OfBatch:
         if not is_shared() or not (self.training or self.running_mean is None):
             return super().forward(x)
         self._check_input_dim(x)
-        var, mean, count = var_mean_of_batch(x.float())
+        exact = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        var, mean, count = var_mean_of_batch(exact)
         if self.training and self.running_mean is not None:
             with torch.no_grad():
                 self.num_batches_tracked += 1
@@ -111,7 +112,7 @@ class _OfBatch:
                 self.running_mean.lerp_(mean.to(self.running_mean), momentum)
                 self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var), momentum)
         shape = [-1 if d == 1 else 1 for d in range(x.dim())]
-        y = (x - mean.view(shape)) * (var + self.eps).rsqrt().view(shape)
+        y = (exact - mean.view(shape)) * (var + self.eps).rsqrt().view(shape)
         if self.affine:
             y = y * self.weight.view(shape) + self.bias.view(shape)
         return y.to(x.dtype)
