@@ -37,6 +37,7 @@ from qexp.jobs import compose_jobs
 from qexp.quant import compiled
 from qexp.quant.convert import fold_batchnorm_, quantizers
 from qexp.run import Run, run
+from qexp.settings import Target
 from qexp.tasks.qat import QATTask
 
 RECIPE = ("finetune=distill", "calibration=mse")
@@ -44,9 +45,9 @@ CASES = {"resnet8": (4, 3, 2), "mobilenet": (4, 3)}  # model -> bits of the weig
 # The recipe's optimizer and steps on the float network, which needs labels: from its own logits it learns nothing.
 CONTROL = ("finetune.weight=null", "finetune.activation=null", "finetune.after=recalibrate", "finetune.distill=0.0")
 # brevitas does not normalise the gradient of a scale, so it is shown with another optimizer as well.
-BREVITAS: dict[str, Callable | None] = {
+BREVITAS: dict[str, Target | None] = {
     "brevitas, the same optimizer": None,
-    "brevitas, AdamW, lr 0.001": lambda groups: torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.0),
+    "brevitas, AdamW, lr 0.001": Target({"_target_": "torch.optim.AdamW", "lr": 1e-3, "weight_decay": 0.0}, "optimizer"),
 }
 FLOAT, STE, STOCHASTIC, PEER = "float, with BatchNorm", "qexp ste", "qexp stochastic", "brevitas, learned scales"
 # side -> (the fine-tuning, whether ranges follow the data, as they do in all epochs of ste but the last)
@@ -158,7 +159,7 @@ def brevitas_accuracies(outputs: Path, seeds: list[int]) -> list[dict]:
     return rows
 
 
-def _trained_by_brevitas(job: Run, optimizer: Callable | None) -> float:
+def _trained_by_brevitas(job: Run, optimizer: Target | None) -> float:
     """Test accuracy in percent."""
     settings, data = job.settings, prepare.data_module(job.settings.config)
     plan = settings.finetune if optimizer is None else replace(settings.finetune, optimizer=optimizer)
