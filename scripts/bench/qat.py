@@ -47,7 +47,9 @@ CONTROL = ("finetune.weight=null", "finetune.activation=null", "finetune.after=r
 # brevitas does not normalise the gradient of a scale, so it is shown with another optimizer as well.
 BREVITAS: dict[str, Target | None] = {
     "brevitas, the same optimizer": None,
-    "brevitas, AdamW, lr 0.001": Target({"_target_": "torch.optim.AdamW", "lr": 1e-3, "weight_decay": 0.0}, "optimizer"),
+    "brevitas, AdamW, lr 0.001": Target(
+        {"_target_": "torch.optim.AdamW", "lr": 1e-3, "weight_decay": 0.0}, "optimizer"
+    ),
 }
 FLOAT, STE, STOCHASTIC, PEER = "float, with BatchNorm", "qexp ste", "qexp stochastic", "brevitas, learned scales"
 # side -> (the fine-tuning, whether ranges follow the data, as they do in all epochs of ste but the last)
