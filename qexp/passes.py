@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,13 +11,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from qexp import prepare
-from qexp.quant.convert import calibrating, observing, recall_
+from qexp.quant.convert import calibrating, fold_batchnorm_, observing, quantize_, recall_, site_shapes, targets
 from qexp.quant.dataflow import Dataflow
 from qexp.quant.layers import QuantLinear
 from qexp.quant.observers import Observer
 from qexp.quant.quantizer import Quantizer
+from qexp.quant.recipe import Recipe
 from qexp.report import terminal
-from qexp.settings import Settings
+from qexp.settings import ConfigError, Settings
 from qexp.store import TensorCache
 from qexp.tasks.ptq import PTQTask
 
@@ -44,6 +46,33 @@ def accuracy_of(task: PTQTask) -> float:
 def agreement(logits: Tensor, reference: Tensor) -> float:
     """Share of samples on which both decide alike."""
     return float((logits.argmax(1) == reference.argmax(1)).double().mean())
+
+
+def calibrated(
+    net: nn.Module, settings: Settings, data: pl.LightningDataModule, flow: Dataflow, sketches: TensorCache
+) -> nn.Module:
+    """A copy of the float network, folded, with all its quantizers, calibrated. Errors: ConfigError."""
+    recipe, model = settings.recipe, copy.deepcopy(net)
+    fold_batchnorm_(model, flow)
+    try:
+        quantized = {name for name, _ in targets(model, recipe)}
+        shapes = site_shapes(model, flow.example)
+        logits = _logits_layer(net, recipe, flow, quantized)
+        quantize_(model, recipe, tuple(flow.open_layers(quantized)), logits, shapes)
+    except ValueError as error:
+        raise ConfigError(prepare.blamed(error)) from None
+    calibrate_(model, settings, data, flow, sketches)
+    return model
+
+
+def _logits_layer(net: nn.Module, recipe: Recipe, flow: Dataflow, quantized: set[str]) -> str | None:
+    if recipe.logits is None:
+        return None
+    name = flow.logits_layer()
+    if name not in quantized:
+        what = f"the output of layer {name!r}, which is excluded," if name else "what is no output of a layer"
+        raise ConfigError(f"calibration.logits={recipe.logits}: {type(net).__name__} returns {what}; choose null")
+    return name
 
 
 def calibrate_(

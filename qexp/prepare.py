@@ -135,7 +135,7 @@ def ready(settings: Settings) -> tuple[pl.LightningDataModule, nn.Module, list[E
     _require_shareable(config, net, data)
     if settings.finetune is not None:
         _require_optimizer(settings)
-    if settings.method != "fp32":
+    if settings.method != "fp32" or settings.flatness:
         calibration_loader(data, settings.seed)
         shapes = None
         if recipe.activation.granularity != PerTensor():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,18 +18,12 @@ from qexp.engines.deploy import certify_deployment, deploy, measure, simulation_
 from qexp.engines.export import export_quantized
 from qexp.engines.saturation import saturates
 from qexp.finetuning import finetune_, finished_
+from qexp.flat import Landscape, landscape
 from qexp.metrics.footprint import footprint
 from qexp.metrics.sites import measuring_sites
 from qexp.metrics.sqnr import QuantizationNoise, sqnr_db
-from qexp.quant.convert import (
-    fit_biases_,
-    fold_batchnorm_,
-    quantize_,
-    set_mode_,
-    site_shapes,
-    targets,
-    unquantized,
-)
+from qexp.quant import compiled
+from qexp.quant.convert import fit_biases_, set_mode_, unquantized
 from qexp.quant.dataflow import Dataflow, NotExportable, additions_to_modules
 from qexp.quant.quantizer import Mode
 from qexp.report import terminal
@@ -57,6 +50,7 @@ class Run:
     in_float: list[tuple[str, str, str]] = field(default_factory=list)
     folder: Path = Path()
     history: list[dict[str, float]] = field(default_factory=list)  # one row for each epoch of fine-tuning
+    landscape: Landscape | None = None  # of flatness=true
     where: str = ""  # how to look at the logger's record
 
     @property
@@ -87,6 +81,9 @@ def run(settings: Settings) -> Run:
     with build(config["logger"], "logger").open(info) as logger:
         terminal.show_progress(config["progress"])
         torch.set_num_threads(config["trainer"]["threads"])
+        if config["compiled"]:
+            with terminal.stage("compiling, or loading what was compiled before"):
+                compiled.warm_up()
         pl.seed_everything(settings.seed, workers=True, verbose=False)
         job = _float_network(settings, outputs, logger)
         if settings.method == "fp32":
@@ -96,6 +93,8 @@ def run(settings: Settings) -> Run:
             if settings.finetune is not None:
                 _finetune(job, outputs / ".unfinished" / f"{identity}.finetune", logger.lightning)
             _deploy_all(job)
+        if settings.flatness:
+            _flatness(job)
         job.metrics |= {"status": "finished", "time/total_s": time.perf_counter() - start}
         job.folder = outputs / "runs" / identity
         _write(job, logger)
@@ -152,21 +151,18 @@ def _float_only(job: Run) -> None:
 
 def _quantize(job: Run) -> None:
     """Fold, swap, calibrate: the simulation with all its quantizers."""
-    recipe, model = job.settings.recipe, copy.deepcopy(job.net)
-    fold_batchnorm_(model, job.flow)
-    try:
-        quantized = {name for name, _ in targets(model, recipe)}
-        shapes = site_shapes(model, job.flow.example)
-        quantize_(model, recipe, tuple(job.flow.open_layers(quantized)), _logits_layer(job, quantized), shapes)
-    except ValueError as error:
-        raise ConfigError(prepare.blamed(error)) from None
-    start = time.perf_counter()
-    passes.calibrate_(model, settings=job.settings, data=job.data, flow=job.flow, sketches=job.sketches)
-    job.metrics["time/calibrate_s"] = time.perf_counter() - start
+    recipe, model = job.settings.recipe, _calibrated(job)
     products = [(name, "product", "written as a function") for name in job.flow.functional_products()]
     sums = [(name, "addition", "written as a function") for name in job.flow.functional_additions()]
     job.quantized, job.in_float = model, unquantized(model, recipe) + products + sums
     job.metrics |= footprint(model).metrics()
+
+
+def _calibrated(job: Run) -> nn.Module:
+    start = time.perf_counter()
+    model = passes.calibrated(job.net, job.settings, job.data, job.flow, job.sketches)
+    job.metrics["time/calibrate_s"] = time.perf_counter() - start
+    return model
 
 
 def _finetune(job: Run, folder: Path, logger: Any) -> None:
@@ -193,15 +189,11 @@ def _finetune(job: Run, folder: Path, logger: Any) -> None:
     }
 
 
-def _logits_layer(job: Run, quantized: set[str]) -> str | None:
-    recipe = job.settings.recipe
-    if recipe.logits is None:
-        return None
-    name = job.flow.logits_layer()
-    if name not in quantized:
-        what = f"the output of layer {name!r}, which is excluded," if name else "what is no output of a layer"
-        raise ConfigError(f"calibration.logits={recipe.logits}: {type(job.net).__name__} returns {what}; choose null")
-    return name
+def _flatness(job: Run) -> None:
+    """How flat the minimum is; a float network's cell is that of the quantizers which method=ptq would give it."""
+    rounded, calibrated = job.quantized is not None, job.quantized or _calibrated(job)
+    job.landscape = landscape(calibrated, rounded, job.data, job.settings.seed)
+    job.metrics |= job.landscape.metrics()
 
 
 def _deploy_all(job: Run) -> None:
@@ -303,6 +295,8 @@ def _write(job: Run, logger: Any) -> None:
             int8 = "int8" if name == job.metrics.get("engine/winner") else f"int8_{name}"
             onnx.save(graph, folder / f"model_{name if name == 'fp32' else int8}.onnx")
         record.write(folder, job.settings.config, job.metrics, job.rows, job.in_float, job.history)
+        if job.landscape is not None:
+            job.landscape.write(folder)
     logger.metrics(job.metrics)
     columns = list(record.LAYER_COLUMNS)
     logger.table("layers", columns, [[row.get(column) for column in columns] for row in job.rows])

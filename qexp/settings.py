@@ -41,6 +41,11 @@ class Settings:
     finetune: FineTune | None = None  # of method=qat
 
     @property
+    def flatness(self) -> bool:
+        """Whether the flatness of the minimum is measured."""
+        return self.config["flatness"]
+
+    @property
     def label(self) -> str:
         """Short display name: what tells this run from its siblings."""
         recipe, choice = self.recipe, _last_name(self.config["model"]["_target_"])
@@ -59,6 +64,7 @@ OPTIONAL = [
     ("calibration", "logits", None), ("engine", "required", False), ("trainer", "devices", 1),
     ("trainer", "precision", "32-true"),
 ]  # fmt: skip
+OPTIONAL_KEYS = {"flatness": False}  # the same for keys without a section
 # Every section with the keys it may hold; None: the keys are those of its _target_.
 SECTIONS: dict[str, tuple[str, ...] | None] = {
     "method": ("name",),
@@ -74,12 +80,16 @@ SECTIONS: dict[str, tuple[str, ...] | None] = {
     "logger": None,
     "paths": ("outputs",),
     "seed": (),
+    "compiled": (),
+    "flatness": (),
     "progress": (),
 }
 CHOICES = {
     "method.name": ("fp32", "ptq", "qat"),
     "trainer.accelerator": ("cpu", "gpu", "auto"),
     "trainer.precision": ("32-true", "bf16-mixed", "16-mixed"),
+    "compiled": (True, False),
+    "flatness": (True, False),
     "progress": ("auto", True, False),
     "engine.required": (True, False),
 }
@@ -120,6 +130,8 @@ def settings(config: DictConfig) -> Settings:
     for group, name, usual in OPTIONAL:
         if isinstance(plain.get(group), dict):
             plain[group].setdefault(name, usual)
+    for key, usual in OPTIONAL_KEYS.items():
+        plain.setdefault(key, usual)
     _check_keys(plain)
     for key, allowed in CHOICES.items():
         _check_choice(plain, key, allowed)
@@ -135,6 +147,9 @@ def settings(config: DictConfig) -> Settings:
     _check_own_options(plain)
     recipe = _recipe(plain)
     _refuse_formats_that_no_engine_runs(plain, recipe)
+    grid = recipe.weight.grid
+    if plain["flatness"] and not isinstance(grid, IntegerGrid):
+        raise ConfigError(f"flatness=true: needs weights on an integer grid, whose step is the cell, not on {grid}")
     return Settings(plain, plain["method"]["name"], recipe, plain["seed"], _finetune(plain, recipe))
 
 
