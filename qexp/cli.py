@@ -8,7 +8,6 @@ import os
 import re
 import sys
 import traceback
-import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
@@ -23,15 +22,28 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from qexp import __version__
-from qexp.jobs import Job, compose_jobs, composed, conf_dir, explained, is_sweep, start_hydra, swept_of
-from qexp.settings import ConfigError, Settings, build, require_packages, settings
+from qexp.jobs import (
+    Job,
+    compose_jobs,
+    composed,
+    conf_dir,
+    explained,
+    is_sweep,
+    require_places,
+    require_ready,
+    silence_libraries,
+    start_hydra,
+    swept_of,
+)
+from qexp.settings import ConfigError, Settings, settings
 from qexp.stopping import unwind_on_signals
-from qexp.store import StoreError, digest, read_metrics, run_id, writable
+from qexp.store import StoreError, digest, read_metrics, run_id
 
 USER_ERRORS = (ConfigError, StoreError, HydraException, OmegaConfBaseException, ValueError, OSError)
 
 # Other verbs than to run: the first word -> the module that has its `main(arguments) -> exit code`, and what it does.
 VERBS = {
+    "flatness": ("qexp.flatness_cli", "how flat the minima of float training, PTQ and QAT are, as a table and figures"),
     "levels": ("qexp.levels_cli", "which numbers a format has, as tables and figures; nothing is trained"),
 }
 
@@ -61,20 +73,12 @@ def _run(chosen: Settings, sweeping: bool) -> None:
     from qexp.report import terminal
     from qexp.run import run
 
-    _silence_libraries()
+    silence_libraries()
     if sweeping:
         number = f"run {HydraConfig.get().job.num + 1} of {len(_planned)}"
         terminal.console.print(f"[bold]{number}[/bold]  {chosen.label}")
     job = run(chosen)
     terminal.where(job) if sweeping else terminal.report(job)
-
-
-def _silence_libraries() -> None:
-    """After Lightning's import, which sets its own level: its tips are not what the user asked for."""
-    import logging
-
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -120,21 +124,11 @@ def _main(arguments: list[str]) -> int:
             if parsed.help:
                 _print_verbs()
     jobs = compose_jobs(parsed.overrides, parsed.multirun, parsed.config_dir)
-    for job in jobs:
-        require_packages(job.settings)
-    for outputs in dict.fromkeys(job.settings.config["paths"]["outputs"] for job in jobs):
-        writable(Path(outputs))
-        # A library imports matplotlib where it is installed, which makes folders in the home directory.
-        os.environ.setdefault("MPLCONFIGDIR", str(Path(outputs).resolve() / "cache" / "matplotlib"))
-    for section in {str(job.settings.config["logger"]): job.settings.config["logger"] for job in jobs}.values():
-        try:
-            build(section, "logger").check()
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+    require_places(jobs)
     _planned[:] = jobs
     if not is_sweep(jobs):
         return _hydra([*options, *parsed.overrides])
-    _check(jobs)
+    require_ready(jobs)
     return _summary(jobs, _hydra([*options, *parsed.overrides, *_group(jobs)]))
 
 
@@ -146,15 +140,6 @@ def _print_verbs() -> None:
 
 def _refuse(message: str) -> NoReturn:
     raise ConfigError(f"{message}; qexp --help shows what can be said")
-
-
-def _check(jobs: list[Job]) -> None:
-    """Build what each job of a sweep is made of, so that none fails hours later for a wrong option."""
-    from qexp.prepare import ready
-
-    _silence_libraries()
-    for job in jobs:
-        ready(job.settings)
 
 
 def _group(jobs: list[Job]) -> list[str]:

@@ -29,8 +29,8 @@ from qexp.report import terminal
 IMAGES = 256  # of the training set
 SAMPLES = 30  # products with the Hessian for its trace
 SEEDS = 0, 1  # of the two directions, in all runs the same
-LINE = torch.linspace(-1, 1, 41).tolist()
-PLANE = torch.linspace(-0.75, 0.75, 13).tolist()
+LINE = [round(0.03 * i, 2) for i in range(-20, 21)]
+PLANE = [round(0.06 * i, 2) for i in range(-6, 7)]
 LINE_COLUMNS = "distance", "loss", "accuracy", "half_width"
 PLANE_COLUMNS = "x", "y", "loss", "accuracy"
 MOST_EVALUATIONS = 250 + len(LINE) + len(PLANE) ** 2  # about

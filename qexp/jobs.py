@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from qexp.settings import ConfigError, Settings, settings
+from qexp.settings import ConfigError, Settings, build, require_packages, settings
+from qexp.store import writable
 
 NO_PAIR = "must be KEY=VALUE; qexp --help shows the keys"
 # How Hydra and OmegaConf say it, the most exact first.
@@ -74,6 +78,39 @@ def _refuse_nested(chosen: Override) -> None:
     for name in chosen.sweep_string_iterator():
         if composed([f"experiment={name}"], return_hydra_config=True).hydra.sweeper.params:
             raise ConfigError(f"experiment={name}: is a sweep of its own; run one such experiment at a time")
+
+
+def require_places(jobs: list[Job]) -> None:
+    """Refuse packages that are not there, folders that cannot be written and loggers that cannot work.
+
+    Errors: ConfigError, StoreError.
+    """
+    for job in jobs:
+        require_packages(job.settings)
+    for outputs in dict.fromkeys(job.settings.config["paths"]["outputs"] for job in jobs):
+        writable(Path(outputs))
+        # A library imports matplotlib where it is installed, which makes folders in the home directory.
+        os.environ.setdefault("MPLCONFIGDIR", str(Path(outputs).resolve() / "cache" / "matplotlib"))
+    for section in {str(job.settings.config["logger"]): job.settings.config["logger"] for job in jobs}.values():
+        try:
+            build(section, "logger").check()
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+
+def require_ready(jobs: list[Job]) -> None:
+    """Build what each job of a sweep is made of, so that none fails hours later for a wrong option."""
+    from qexp.prepare import ready
+
+    silence_libraries()
+    for job in jobs:
+        ready(job.settings)
+
+
+def silence_libraries() -> None:
+    """After Lightning's import, which sets its own level: its tips are not what the user asked for."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
 
 
 def start_hydra(config_dir: str | None) -> None:

@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
     given = _parsed(arguments)
     chosen = _chosen(given.overrides, given.config_dir)
     path = Path(given.out) if given.out else _default_path(chosen)
-    _require_drawable(path, f"--out={path}" if given.out else "paths.outputs")
+    require_drawable(path, f"--out={path}" if given.out else "paths.outputs")
     views = _views(chosen)
     _print(chosen.recipe, views)
     _draw(chosen, views, path)
@@ -84,7 +84,7 @@ def _default_path(chosen: Settings) -> Path:
     return Path(chosen.config["paths"]["outputs"]) / "levels" / f"{re.sub(r'[^A-Za-z0-9_.+-]+', '_', name)}.png"
 
 
-def _require_drawable(path: Path, asked: str) -> None:
+def require_drawable(path: Path, asked: str) -> None:
     """Refuse what matplotlib would refuse later, and folders that cannot be written."""
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"{asked}: must end in {' or '.join(SUFFIXES)}")
@@ -92,6 +92,18 @@ def _require_drawable(path: Path, asked: str) -> None:
         writable(path.parent)
     except StoreError as error:
         raise StoreError(str(error).replace("paths.outputs", asked, 1)) from None
+
+
+def require_matplotlib() -> None:
+    """Errors: ConfigError where it is not installed."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it speaks of its cache of fonts
+    try:
+        from qexp.report import figures  # noqa: F401
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        how = f"{sys.executable} -m pip install '{MATPLOTLIB}'"
+        raise ConfigError(f"the figures need matplotlib, which is not installed: {how}") from None
 
 
 def _views(chosen: Settings) -> dict[str, View]:
@@ -115,14 +127,9 @@ def _draw(chosen: Settings, views: dict[str, View], path: Path) -> None:
     """Both figures; the last line says where they are. Errors: ConfigError without matplotlib, StoreError."""
     from qexp.report.terminal import output
 
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it speaks of its cache of fonts
-    try:
-        from qexp.report import figures
-    except ImportError as error:
-        if (error.name or "").partition(".")[0] != "matplotlib":
-            raise
-        how = f"{sys.executable} -m pip install '{MATPLOTLIB}'"
-        raise ConfigError(f"the figures need matplotlib, which is not installed: {how}") from None
+    require_matplotlib()
+    from qexp.report import figures
+
     beside = path.with_stem(f"{path.stem}-histograms")
     fits, caption = _fits(chosen)
     try:

@@ -5,7 +5,9 @@ Importing this file needs matplotlib, the optional extra `plots`; `qexp.report.f
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
@@ -47,6 +49,26 @@ class Plane(NamedTuple):
     x: Sequence[float]
     y: Sequence[float]
     losses: Sequence[Sequence[float]]
+
+
+def read_curve(path: Path) -> tuple[Curve, float]:
+    """What flatness.csv of a run holds: the slice, and the distance that is worth half a quantization step."""
+    distances, losses, accuracies, (half_width, *_) = _columns(path, ("distance", "loss", "accuracy", "half_width"))
+    return Curve(distances, losses, accuracies), half_width
+
+
+def read_plane(path: Path) -> Plane:
+    """What flatness_plane.csv of a run holds."""
+    x, y, losses = _columns(path, ("x", "y", "loss"))
+    axes = sorted(set(x)), sorted(set(y))
+    at = dict(zip(zip(x, y, strict=True), losses, strict=True))
+    return Plane(*axes, [[at[a, b] for b in axes[1]] for a in axes[0]])
+
+
+def _columns(path: Path, names: tuple[str, ...]) -> list[list[float]]:
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [[float(row[name]) for row in rows] for name in names]
 
 
 @matplotlib.rc_context(STYLE)
