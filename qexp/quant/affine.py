@@ -162,6 +162,7 @@ class _ZeroPointZero(torch.autograd.Function):
         return torch.ops.aten.hardtanh_backward(grad, quotient, *ctx.bounds), None, None
 
 
+@lru_cache(maxsize=256)
 def _first_quotient_outside(code: int) -> float:
     """The smallest float32 with round(quotient) > code."""
     tie = torch.tensor(code + 0.5)

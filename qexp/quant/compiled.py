@@ -66,22 +66,27 @@ class _Rows(NamedTuple):
         return -(-self.numel // self.inner) * -(-self.inner // library().width())
 
 
+def _quantized(x: Tensor, rows: _Rows, grid: CodeRange, rounding: Rounding) -> tuple[Tensor, Tensor]:
+    """Values, and the bits that say which codes are in range."""
+    y, inside = torch.empty_like(x), torch.empty(rows.words, dtype=torch.int16)
+    arguments = (
+        x.data_ptr(), y.data_ptr(), inside.data_ptr(), rows.scale.data_ptr(), rows.zero_point.data_ptr(),
+        grid.quant_min, grid.quant_max, rows.numel, rows.inner, rows.scale.numel(), torch.get_num_threads(),
+    )  # fmt: skip
+    if rounding.is_random:
+        library().drawn(*arguments, rounding.stream, rounding.first(rows.numel))
+    else:
+        library().nearest(*arguments)
+    return y, inside
+
+
 class _FakeQuantize(torch.autograd.Function):
     """Of x one bit an element is kept: whether its code is in range."""
 
     @staticmethod
     def forward(ctx, x: Tensor, rows: _Rows, grid: CodeRange, rounding: Rounding) -> Tensor:
-        x = x.contiguous()
-        y, inside = torch.empty_like(x), torch.empty(rows.words, dtype=torch.int16)
-        arguments = (
-            x.data_ptr(), y.data_ptr(), inside.data_ptr(), rows.scale.data_ptr(), rows.zero_point.data_ptr(),
-            grid.quant_min, grid.quant_max, rows.numel, rows.inner, rows.scale.numel(), torch.get_num_threads(),
-        )  # fmt: skip
-        if rounding.is_random:
-            library().drawn(*arguments, rounding.stream, rounding.first(rows.numel))
-        else:
-            library().nearest(*arguments)
-        ctx.inside, ctx.size = inside, (rows.numel, rows.inner)
+        y, ctx.inside = _quantized(x.contiguous(), rows, grid, rounding)
+        ctx.size = rows.numel, rows.inner
         return y
 
     @staticmethod
@@ -91,6 +96,36 @@ class _FakeQuantize(torch.autograd.Function):
         arguments = grad.data_ptr(), out.data_ptr(), ctx.inside.data_ptr(), *ctx.size, torch.get_num_threads()
         library().where_inside(*arguments)
         return out, None, None, None
+
+
+class _LearnedScale(torch.autograd.Function):
+    """The same with the gradient of the scale, from two sums over each block."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, factor: float, rows: _Rows, grid: CodeRange, rounding: Rounding):
+        x = x.contiguous()
+        y, ctx.inside = _quantized(x, rows, grid, rounding)
+        ctx.save_for_backward(x, y, scale)
+        ctx.rows, ctx.factor = rows, factor
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (x, y, scale), rows = ctx.saved_tensors, ctx.rows
+        grad = grad.contiguous()
+        out = torch.empty_like(grad)
+        sums = torch.empty(-(-rows.numel // rows.inner), dtype=torch.float64)
+        tensors = (tensor.data_ptr() for tensor in (x, y, grad, out, ctx.inside, sums))
+        library().where_inside_and_sums(*tensors, rows.numel, rows.inner, torch.get_num_threads())
+        total = sums.view(-1, rows.scale.numel()).sum(0).view(rows.scale.shape).sum_to_size(scale.shape)
+        return out, total.float() * (ctx.factor / scale), None, None, None, None
+
+
+def learned_scale(
+    x: Tensor, scale: Tensor, factor: float, qparams: QParams, grid: CodeRange, rounding: Rounding
+) -> Tensor:
+    """`fake_quantize` whose scale learns: S dL/dS = factor (sum dL/dx~ x~ - sum dL/dx x) over each block."""
+    return _LearnedScale.apply(x, scale, factor, _Rows.of(x.shape, qparams), grid, rounding)
 
 
 @cache
@@ -108,6 +143,8 @@ def library() -> ctypes.CDLL:
     lib.nearest.argtypes = [tensor] * 5 + [number] * 2 + [size] * 3 + [count]
     lib.drawn.argtypes = [*lib.nearest.argtypes, ctypes.c_int32, ctypes.c_int32]
     lib.where_inside.argtypes = [tensor] * 3 + [size] * 2 + [count]
+    lib.where_inside_and_sums.argtypes = [tensor] * 6 + [size] * 2 + [count]
+    lib.where_inside_and_sums.restype = None
     lib.nearest.restype = lib.drawn.restype = lib.where_inside.restype = None
     lib.count_cells.argtypes = [tensor] * 3 + [size] * 2 + [count] * 2 + [size, count]
     lib.count_cells.restype = None

@@ -154,11 +154,15 @@ class LSQ(Estimator):
         from torch import nn
 
         quantizer.learned_scale = nn.Parameter(quantizer.scale.clone())
+        quantizer.most = max(float(quantizer.grid.quant_max - quantizer.zero_point.mean()), 1.0)  # Q_P
 
     def values(self, quantizer: Quantizer, x: Tensor, qparams: QParams) -> Tensor:
+        from qexp.quant import compiled
         from qexp.quant.affine import tell_scale
 
         scale, factor = quantizer.learned_scale.view(qparams.scale.shape), self.factor(quantizer, x)
+        if compiled.is_loaded() and compiled.serves(x, self.rounding(quantizer)):
+            return compiled.learned_scale(x, scale, factor, qparams, quantizer.grid, self.rounding(quantizer))
         told = tell_scale(x, scale, -factor)
         return tell_scale(quantizer.grid.fake_quantize(told, qparams, self.rounding(quantizer)), scale, factor)
 
@@ -168,9 +172,9 @@ class LSQ(Estimator):
             return 1.0
         from qexp.quant.distributed import ranks
 
-        most = float(quantizer.grid.quant_max - quantizer.zero_point.mean()) if self.gradient_scale == "full" else 1.0
+        most = quantizer.most if self.gradient_scale == "full" else 1.0
         numel = x.numel() * (1 if quantizer.is_weight else ranks())
-        return (numel / quantizer.scale.numel() * max(most, 1.0)) ** -0.5
+        return (numel / quantizer.scale.numel() * most) ** -0.5
 
     def sync_(self, quantizer: Quantizer) -> None:
         set_scale_(quantizer, quantizer.learned_scale.detach())
@@ -183,8 +187,9 @@ def set_scale_(quantizer: Quantizer, scale: Tensor) -> None:
     """Store a learned scale. Errors: ValueError naming the site unless all are normal positive float32 numbers."""
     from qexp.quant.scale import SMALLEST_NORMAL
 
-    allowed = (scale >= SMALLEST_NORMAL) & scale.isfinite()
-    if not bool(allowed.all()):
+    lowest, highest = map(float, scale.aminmax())
+    if not SMALLEST_NORMAL <= lowest <= highest < float("inf"):
+        allowed = (scale >= SMALLEST_NORMAL) & scale.isfinite()
         worst = scale[~allowed].flatten()[0].item()
         raise ValueError(f"{quantizer.site}: its learned scale became {worst:.3g}; lower the learning rate")
     quantizer.scale.copy_(scale)

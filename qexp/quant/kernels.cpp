@@ -216,6 +216,29 @@ extern "C" void where_inside(const float* g, float* gx, const uint16_t* inside, 
   });
 }
 
+// The same, and of each row the sum of g y - gx x: S dL/dS of a learned scale (Esser et al. 2020, equation 3).
+extern "C" void where_inside_and_sums(const float* x, const float* y, const float* g, float* gx, const uint16_t* inside,
+                                      double* sums, int64_t n, int64_t inner, int threads) {
+  const int64_t words = (inner + WIDTH - 1) / WIDTH;
+  rows(n, inner, threads, [=](int64_t r, int64_t at, int64_t count) {
+    const uint16_t* bits = inside + r * words;
+    double total = 0;
+    for (int64_t start = 0; start < count; start += CHUNK) {  // float sums stay short
+      Float sum(0);
+      each(std::min(CHUNK, count - start), [&](int64_t i, int64_t k) {
+        const int64_t here = at + start + i;
+        const Float grad = Float::loadu(g + here, k), passed = keep(grad, *bits++);
+        passed.store(gx + here, k);
+        sum = sum + (grad * Float::loadu(y + here, k) - passed * Float::loadu(x + here, k));
+      });
+      float lanes[WIDTH];
+      sum.store(lanes);
+      for (const float lane : lanes) total += lane;
+    }
+    sums[r] = total;
+  });
+}
+
 // Adds to counts (copies, groups, 2 side) the values of each cell of sketch.py, and to zeros (groups) the zeros, which
 // are among those of the smallest cell. A copy for each thread, and two in turn, or a run of equal values would wait.
 extern "C" void count_cells(const float* x, int32_t* counts, int64_t* zeros, int64_t n, int64_t groups, int fraction,

@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from qexp.quant import affine, compiled
-from qexp.quant.granularity import PerChannel, PerTensor
+from qexp.quant.estimators import LSQ
+from qexp.quant.granularity import PerChannel, PerGroup, PerTensor
 from qexp.quant.grid import IntegerGrid
+from qexp.quant.quantizer import Mode, Quantizer
+from qexp.quant.recipe import Scheme
 from qexp.quant.rounding import Floor, HalfEven, Stochastic
 from qexp.quant.sketch import Sketch
 
@@ -116,3 +119,24 @@ def test_a_sketch_counts_the_same(granularity, threads, monkeypatch):
     assert int(fast.counts.sum() + fast.zeros.sum()) == sum(x.numel() for x in batches)
     for name, buffer in plain.named_buffers():
         assert torch.equal(buffer, fast.get_buffer(name)), name
+
+
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0), PerChannel(1), PerGroup(7)], ids=str)
+def test_a_learned_scale_gets_the_same_gradient(granularity, monkeypatch):
+    generator = torch.Generator().manual_seed(4)
+    x, grad = (torch.randn(6, 14, 900, generator=generator) for _ in range(2))
+    compiled.warm_up()
+    found = []
+    for loaded in True, False:
+        monkeypatch.setattr(compiled, "is_loaded", lambda loaded=loaded: loaded)
+        quantizer = Quantizer(Scheme(IntegerGrid(4), granularity), tuple(x.shape), "w", is_weight=True)
+        quantizer.calibrate(0.6 * x)
+        quantizer.mode = Mode.QUANTIZE
+        quantizer.train_with_(LSQ())
+        moved = x.clone().requires_grad_()
+        y = quantizer(moved)
+        y.backward(grad)
+        found.append((y.detach(), moved.grad, quantizer.learned_scale.grad))
+    (y, of_x, of_scale), (same_y, same_of_x, near_of_scale) = found
+    assert torch.equal(y, same_y) and torch.equal(of_x, same_of_x)
+    torch.testing.assert_close(of_scale, near_of_scale, rtol=1e-4, atol=1e-5 * float(near_of_scale.abs().max()))
