@@ -192,7 +192,7 @@ SWEEP_COLUMNS = {
     "KiB": lambda get: "" if get("size/packed_bytes") is None else f"{get('size/packed_bytes') / 1024:.1f}",
 }
 # What a narrow terminal goes without, the first first.
-SPARED = ["KiB", "codes = %", "int8 MACs %", "SQNR dB", "fp32 %"]
+SPARED = ["KiB", "codes = %", "int8 MACs %", "SQNR dB", "fp32 %", "fp32 tuned %", "PTQ %"]
 
 
 def sweep_table(rows: list[dict[str, Any]], console: Console = output) -> Table:
