@@ -35,7 +35,8 @@ from qexp.jobs import (
     start_hydra,
     swept_of,
 )
-from qexp.settings import ConfigError, Settings, settings
+from qexp.sections import ConfigError
+from qexp.settings import Settings, settings
 from qexp.stopping import unwind_on_signals
 from qexp.store import StoreError, digest, read_metrics, run_id
 

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from qexp.jobs import Job, compose_jobs, is_sweep, require_places, require_ready, start_hydra, swept_of
 from qexp.levels_cli import require_drawable, require_matplotlib
-from qexp.settings import ConfigError
+from qexp.sections import ConfigError
 from qexp.store import StoreError, read_metrics, run_id
 
 USAGE = """\

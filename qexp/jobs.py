@@ -25,7 +25,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from qexp.settings import ConfigError, Settings, build, require_packages, settings
+from qexp.sections import ConfigError, build
+from qexp.settings import Settings, require_packages, settings
 from qexp.store import writable
 
 NO_PAIR = "must be KEY=VALUE; qexp --help shows the keys"

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 from qexp.jobs import compose_jobs, is_sweep, start_hydra, swept_of
 from qexp.quant.recipe import Recipe
-from qexp.settings import ConfigError, Settings
+from qexp.sections import ConfigError
+from qexp.settings import Settings
 from qexp.store import StoreError, writable
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from qexp.quant.observers import Observer
 from qexp.quant.quantizer import Quantizer
 from qexp.quant.recipe import Recipe
 from qexp.report import terminal
-from qexp.settings import ConfigError, Settings
+from qexp.sections import ConfigError
+from qexp.settings import Settings
 from qexp.store import TensorCache
 from qexp.tasks.ptq import PTQTask
 

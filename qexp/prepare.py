@@ -21,7 +21,8 @@ from qexp.quant.dataflow import Dataflow, NotExportable, additions_to_modules
 from qexp.quant.granularity import PerTensor
 from qexp.quant.recipe import Recipe
 from qexp.report import terminal
-from qexp.settings import ConfigError, Settings, build
+from qexp.sections import ConfigError, build
+from qexp.settings import Settings
 from qexp.store import StoreError, TensorCache
 from qexp.tasks.fp32 import Float32Task
 from qexp.tasks.progress import TellProgress

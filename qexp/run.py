@@ -27,7 +27,8 @@ from qexp.quant.convert import fit_biases_, set_mode_, unquantized
 from qexp.quant.dataflow import Dataflow, NotExportable, additions_to_modules
 from qexp.quant.quantizer import Mode
 from qexp.report import terminal
-from qexp.settings import ConfigError, Settings, build
+from qexp.sections import ConfigError, build
+from qexp.settings import Settings
 from qexp.store import TensorCache, replacing, run_id, writable
 from qexp.tracking import RunInfo
 

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from hydra._internal.utils import _locate
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from qexp.data.options import require_folder, require_share, require_whole
 from qexp.finetune.plan import FineTune
+from qexp.plans import finetune_plan
 from qexp.quant.calibration import Calibration
-from qexp.quant.estimators import Estimator
 from qexp.quant.granularity import Granularity
 from qexp.quant.grid import Grid, IntegerGrid
 from qexp.quant.level_list import Levels
 from qexp.quant.recipe import Recipe, Scheme
 from qexp.quant.rounding import Rounding
-
-
-class ConfigError(Exception):
-    """Something the user asked for cannot be; the message is one sentence that names the key."""
+from qexp.sections import ConfigError, build, check_target
 
 
 @dataclass(frozen=True)
@@ -64,7 +56,7 @@ OPTIONAL = [
     ("calibration", "logits", None), ("engine", "required", False), ("trainer", "devices", 1),
     ("trainer", "precision", "32-true"),
 ]  # fmt: skip
-OPTIONAL_KEYS = {"flatness": False}  # the same for keys without a section
+OPTIONAL_KEYS = {"compiled": False, "flatness": False}  # the same for keys without a section
 # Every section with the keys it may hold; None: the keys are those of its _target_.
 SECTIONS: dict[str, tuple[str, ...] | None] = {
     "method": ("name",),
@@ -150,116 +142,7 @@ def settings(config: DictConfig) -> Settings:
     grid = recipe.weight.grid
     if plain["flatness"] and not isinstance(grid, IntegerGrid):
         raise ConfigError(f"flatness=true: needs weights on an integer grid, whose step is the cell, not on {grid}")
-    return Settings(plain, plain["method"]["name"], recipe, plain["seed"], _finetune(plain, recipe))
-
-
-@dataclass(frozen=True)
-class Target:
-    """A factory that is made when it is called, because making it imports torch."""
-
-    section: dict[str, Any]
-    key: str
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        """The object. Errors: ConfigError naming the key."""
-        return build({**self.section, "_args_": list(args)}, self.key, **options)
-
-    def offered(self, **options: Any) -> dict[str, Any]:
-        """Those options that its constructor has names for and the section leaves open."""
-        known = inspect.signature(_locate(self.section["_target_"])).parameters
-        return {name: value for name, value in options.items() if name in known and name not in self.section}
-
-
-def _finetune(plain: dict[str, Any], recipe: Recipe) -> FineTune | None:
-    """The plan of method=qat; the other methods have none."""
-    section, method = dict(plain["finetune"]), plain["method"]["name"]
-    name = section.pop("name", None)
-    if not isinstance(name, str):
-        raise ConfigError(f"finetune.name={name!r}: must be a name")
-    if method != "qat":
-        if name != "none":
-            raise ConfigError(f"finetune={name}: method={method} does not train after quantization; choose method=qat")
-        return None
-    if name == "none":
-        raise ConfigError("finetune=none: method=qat needs one that trains, such as finetune=ste or finetune=lsq")
-    known = [field.name for field in fields(FineTune)]
-    for key in section:
-        if key not in known:
-            raise ConfigError(f"finetune.{key}: no such key; allowed are {', '.join(known)}")
-    for key in "weight", "activation":
-        section[key] = _part(section, key, Estimator)
-    section["update"] = _part(section, "update", Rounding)
-    for key in "optimizer", "scheduler":
-        if section.get(key) is not None:
-            _check_target(section[key], f"finetune.{key}")
-            section[key] = Target(section[key], f"finetune.{key}")
-    for key in "gradual", "frozen":
-        value = section.setdefault(key, [])
-        if not isinstance(value, list):
-            raise ConfigError(f"finetune.{key}={value!r}: must be a list")
-        section[key] = tuple(value)
-    try:
-        plan = FineTune(**section)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(str(error)) from None
-    _refuse_estimators(plan, recipe)
-    return plan
-
-
-def _refuse_estimators(plan: FineTune, recipe: Recipe) -> None:
-    if plan.optimizer is None:
-        raise ConfigError("finetune.optimizer=null: must hold a _target_, the import path of an optimizer")
-    parts = ("weight", plan.weight, recipe.weight, True), ("activation", plan.activation, recipe.activation, False)
-    for tensor, estimator, scheme, is_weight in parts:
-        why = None if estimator is None else estimator.refusal(scheme, is_weight)
-        if why is not None:
-            raise ConfigError(f"finetune.{tensor}={estimator}: {why}")
-        if plan.gradual and not isinstance(scheme.grid, IntegerGrid):
-            raise ConfigError(f"finetune.gradual={list(plan.gradual)}: needs integer grids, not {scheme.grid}")
-
-
-def _part(section: dict[str, Any], key: str, kind: type) -> Any:
-    if section.get(key) is None:
-        return None
-    made = build(section[key], f"finetune.{key}")
-    if not isinstance(made, kind):
-        target = section[key]["_target_"]
-        raise ConfigError(f"finetune.{key}._target_={target}: must be of kind {kind.__name__}")
-    return made
-
-
-def _refuse_formats_that_no_engine_runs(plain: dict[str, Any], recipe: Recipe) -> None:
-    """An engine that is asked for by name must be able to run the format; `engine=all` goes on in simulation."""
-    engine = plain["engine"]
-    if engine["required"] and engine["engines"] and plain["method"]["name"] != "fp32" and recipe.simulation_only:
-        names = ", ".join(engine["engines"])
-        raise ConfigError(f"engine={names}: cannot run it, because {recipe.simulation_only}; engine=none simulates it")
-
-
-def build(section: dict[str, Any], key: str, **more: Any) -> Any:
-    """Make the object that a section describes by `_target_`. Errors: ConfigError naming the key."""
-    _check_target(section, key)
-    try:
-        return instantiate(section, **more, _convert_="all")
-    except InstantiationException as error:
-        raise ConfigError(_reason(error, section, key)) from error
-
-
-def _reason(error: InstantiationException, section: dict[str, Any], key: str) -> str:
-    cause = error.__cause__ or error
-    text = " ".join(str(cause).split())
-    if isinstance(cause, TypeError) and "unexpected keyword argument" in text:
-        option = text.split("'")[1]
-        return f"{key}.{option}={section.get(option)!r}: {section['_target_']} has no such option"
-    if isinstance(cause, (ValueError, OSError)) and re.match(rf"({re.escape(key)}\.)?\w+=", text):
-        return text if text.startswith(f"{key}.") else f"{key}.{text}"
-    return f"{key}._target_={section['_target_']}: cannot be made ({type(cause).__name__}: {text})"
-
-
-def _check_target(section: Any, key: str) -> None:
-    target = section.get("_target_") if isinstance(section, dict) else None
-    if not isinstance(target, str) or not re.fullmatch(r"\w+(\.\w+)+", target):
-        raise ConfigError(f"{key}: must hold a _target_, the import path of a class or function, but is {section!r}")
+    return Settings(plain, plain["method"]["name"], recipe, plain["seed"], finetune_plan(plain, recipe))
 
 
 def _refuse_devices(plain: dict[str, Any]) -> None:
@@ -272,15 +155,23 @@ def _refuse_devices(plain: dict[str, Any]) -> None:
         )
 
 
+def _refuse_formats_that_no_engine_runs(plain: dict[str, Any], recipe: Recipe) -> None:
+    """An engine that is asked for by name must be able to run the format; `engine=all` goes on in simulation."""
+    engine = plain["engine"]
+    if engine["required"] and engine["engines"] and plain["method"]["name"] != "fp32" and recipe.simulation_only:
+        names = ", ".join(engine["engines"])
+        raise ConfigError(f"engine={names}: cannot run it, because {recipe.simulation_only}; engine=none simulates it")
+
+
 def _check_targets(plain: dict[str, Any]) -> None:
     """The form of what only torch can build, and the logger, which needs no torch."""
     for key in "model", "data":
-        _check_target(plain[key], key)
+        check_target(plain[key], key)
     engines = plain["engine"]["engines"]
     if not isinstance(engines, dict):
         raise ConfigError(f"engine.engines={engines!r}: must hold one section for each engine")
     for name, section in engines.items():
-        _check_target(section, f"engine.engines.{name}")
+        check_target(section, f"engine.engines.{name}")
     build(plain["logger"], "logger")
 
 

@@ -13,7 +13,7 @@ from qexp.finetune.execute import ExecuteFineTune
 from qexp.jobs import compose_jobs
 from qexp.quant.convert import layers, quantizers
 from qexp.run import run
-from qexp.settings import ConfigError
+from qexp.sections import ConfigError
 from qexp.store import StoreError, run_id
 
 FAST = ["model.width=4", "trainer.epochs=2", "quantizer=int4", "engine=none", "logger=none"]

@@ -21,7 +21,8 @@ from qexp.quant.convert import fold_batchnorm_, layers, quantizers
 from qexp.quant.quantizer import Mode
 from qexp.report.flatness_table import half_interval, t_quantile
 from qexp.run import run
-from qexp.settings import ConfigError, settings
+from qexp.sections import ConfigError
+from qexp.settings import settings
 
 FAST = [
     "model.width=4", "trainer.epochs=1", "quantizer=int4", "data.calibration_size=32", "logger=none", "engine=none",

@@ -13,7 +13,7 @@ from PIL import Image
 from qexp import prepare
 from qexp.jobs import compose_jobs
 from qexp.run import Run, run
-from qexp.settings import ConfigError
+from qexp.sections import ConfigError
 from qexp.store import StoreError, run_id
 from qexp.tracking import METRICS
 

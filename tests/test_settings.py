@@ -12,7 +12,7 @@ from qexp.prepare import blamed
 from qexp.quant.granularity import PerBlock, PerChannel, PerGroup
 from qexp.quant.recipe import Recipe, Scheme
 from qexp.quant.rounding import Floor
-from qexp.settings import ConfigError
+from qexp.sections import ConfigError
 from qexp.store import run_id
 
 # What is asked for, and what the sentence must hold: the key, the value, what is allowed.

@@ -79,10 +79,10 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 # Without momentum a moved code is not carried from step to step.
-LSQ = ["finetune=lsq", "finetune.optimizer.momentum=0", "finetune.range_lr=relative"]
+LEARNED = ["finetune=lsq", "finetune.optimizer.momentum=0", "finetune.range_lr=relative"]
 
 
-@pytest.mark.parametrize("finetune", [["finetune=ste", "finetune.observe=1"], LSQ], ids=["ste", "lsq"])
+@pytest.mark.parametrize("finetune", [["finetune=ste", "finetune.observe=1"], LEARNED], ids=["ste", "lsq"])
 def test_two_processes_train_as_one_does(command, finetune):
     one = command(*FAST, *SGD, *finetune)
     two = command(*FAST, *SGD, *finetune, "trainer=ddp", "trainer.epochs=1")

@@ -99,6 +99,7 @@ class _OneScale(torch.autograd.Function):
         return torch.ops.aten.hardtanh_backward(grad, x, *ctx.bounds), None, None, None
 
 
+@lru_cache(maxsize=16)
 def _zero(dtype: torch.dtype) -> Tensor:
     return torch.zeros((), dtype=dtype)
 

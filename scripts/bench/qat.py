@@ -37,7 +37,7 @@ from qexp.jobs import compose_jobs
 from qexp.quant import compiled
 from qexp.quant.convert import fold_batchnorm_, quantizers
 from qexp.run import Run, run
-from qexp.settings import Target
+from qexp.sections import Target
 from qexp.tasks.qat import QATTask
 
 RECIPE = ("finetune=distill", "calibration=mse")

@@ -19,7 +19,7 @@ ORDER = [
     {"analysis"},
     {
         "store", "machine", "settings", "tracking", "record", "report", "prepare", "passes", "caches", "stopping",
-        "finetuning", "flat",
+        "finetuning", "sections", "plans", "flat",
     },
     {"run", "jobs"},
     {"cli", "levels_cli", "flatness_cli", "__main__"},
