@@ -237,6 +237,7 @@ REFUSED = {
     "finetune=ste finetune.optimizer=null": "finetune.optimizer=null: must hold a _target_",
     "finetune=low_precision finetune.batchnorm=batch": "needs batchnorm=folded",
     "finetune=dorefa finetune.batchnorm=batch": "finetune.batchnorm=batch: weight=dorefa needs batchnorm=folded",
+    "finetune=dorefa finetune.start=1": "finetune.start=1: weight=dorefa is trained in its own form",
     "finetune=ste finetune.range_lr=slow": "finetune.range_lr='slow': allowed are absolute, relative",
     "finetune=ste finetune.after=later": "finetune.after='later': allowed are convert, recalibrate",
 }

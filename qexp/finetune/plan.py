@@ -96,6 +96,8 @@ class FineTune:
             raise ValueError(f"finetune.update={self.update}: needs batchnorm=folded, as weights have no other grid")
         if self.batchnorm != "folded" and self.weight is not None and self.weight.transforms:
             raise ValueError(f"finetune.batchnorm={self.batchnorm}: weight={self.weight} needs batchnorm=folded")
+        if self.start and self.weight is not None and self.weight.transforms:
+            raise ValueError(f"finetune.start={self.start}: weight={self.weight} is trained in its own form throughout")
         for bits in self.gradual:
             if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 16:
                 raise ValueError(f"finetune.gradual={list(self.gradual)}: must be a list of widths from 1 to 16")
