@@ -89,7 +89,7 @@ def _fit(
     task.train()
     execute = ExecuteFineTune(plan, model)
     keep = ModelCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False)
-    with terminal.stage(f"fine-tuning, {settings.config['finetune']['name']}, {plan}") as update:
+    with terminal.stage(f"fine-tuning, {settings.config['finetune']['name']}, {_epochs(plan)}") as update:
         trainer = prepare.finetuning_trainer(settings.config, plan.epochs, update, [execute, keep], logger)
         try:
             trainer.fit(task, data.train_dataloader(), ckpt_path=_readable(folder / LAST), weights_only=True)
@@ -127,3 +127,7 @@ def _relative_change(before: dict[str, Tensor], after: dict[str, Tensor]) -> flo
     """||w' - w|| / ||w|| over all weights."""
     moved = sum((after[name].detach() - weight).square().sum().double() for name, weight in before.items())
     return float((moved / sum(weight.square().sum().double() for weight in before.values())).sqrt())
+
+
+def _epochs(plan: FineTune) -> str:
+    return f"{plan.epochs} epoch{'s' * (plan.epochs > 1)}"

@@ -74,7 +74,7 @@ def fake_quantize(x: Tensor, qparams: QParams, grid: CodeRange, rounding: Roundi
     """
     scale, zero_point = qparams.scale, qparams.zero_point
     if isinstance(rounding, HalfEven) and scale.numel() == 1 and x.device.type == "cpu":
-        return _OneScale.apply(x, float(scale), int(zero_point), grid)
+        return _OneScale.apply(x, scale.detach().view(()), int(zero_point), grid)
     if isinstance(rounding, HalfEven) and isinstance(grid.quant_min, int) and not bool(zero_point.any()):
         return _ZeroPointZero.apply(x, scale, grid)
     return _AnyForm.apply(x, qparams, grid, rounding)
@@ -84,12 +84,13 @@ class _OneScale(torch.autograd.Function):
     """One S and one Z: the mask of the gradient is an interval of x, so nothing but x is kept."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, scale: float, zero_point: int, grid: CodeRange) -> Tensor:
+    def forward(ctx, x: Tensor, divisor: Tensor, zero_point: int, grid: CodeRange) -> Tensor:
+        scale = float(divisor)
         lowest, highest = grid.quant_min - zero_point, grid.quant_max - zero_point
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(x)
             ctx.bounds = inside_of(grid, scale, zero_point)
-        values = torch.div(x, scale).clamp_(lowest, highest).round_()
+        values = torch.div(x, divisor).clamp_(lowest, highest).round_()
         # One fused pass: S times the code, and + 0 turns a negative zero into zero.
         return torch.add(_zero(x.dtype), values, alpha=scale, out=values)
 
