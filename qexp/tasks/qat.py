@@ -84,15 +84,16 @@ class QATTask(EvaluatedTask):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _groups(self, trained: dict[str, nn.Parameter]) -> Iterator[dict[str, Any]]:
-        """Matrices; biases and the like; each learned range by itself, with a learning rate that fits its size."""
+        """Matrices; biases and the like; learned ranges, by themselves where each has a learning rate of its size."""
+        alone = self.plan.range_lr == "relative"
         ranges = {name: trained.pop(name) for name in list(trained) if "learned_" in name}
         matrices = [p for p in trained.values() if p.dim() > 1]
         if matrices:
             yield {"params": matrices}
         if len(matrices) < len(trained):
             yield {"params": [p for p in trained.values() if p.dim() <= 1], "weight_decay": 0.0}
-        for parameter in ranges.values():
-            group = {"params": [parameter], "weight_decay": 0.0}
-            if self.plan.range_lr == "relative":
-                group["lr"] = self.plan.lr * float(parameter.detach().abs().mean())
-            yield group
+        if ranges and not alone:
+            yield {"params": list(ranges.values()), "weight_decay": 0.0}
+        for parameter in ranges.values() if alone else ():
+            rate = self.plan.lr * float(parameter.detach().abs().mean())
+            yield {"params": [parameter], "weight_decay": 0.0, "lr": rate}
