@@ -189,7 +189,8 @@ def explained(error: Exception) -> str:
 def _options(group: str) -> list[str]:
     """The choices of a group; experiment/wu2020 is a group in a group."""
     found = GlobalHydra.instance().config_loader().get_group_options
-    below = [f"{name}/{option}" for name in found(group, ObjectType.GROUP) for option in found(f"{group}/{name}")]
+    groups = found(group, ObjectType.GROUP) if group == "experiment" else []  # finetune/base is what others build on
+    below = [f"{name}/{option}" for name in groups for option in found(f"{group}/{name}")]
     return [*found(group), *below]
 
 
