@@ -147,7 +147,7 @@ class DataModule(pl.LightningDataModule):
 
     def load(self) -> tuple[Samples, Samples]:
         """Read the training and the test split; every data set writes its own."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must define load")
 
     def setup(self, stage: str | None = None) -> None:
         """Load both splits once and check the sizes that depend on them."""

@@ -125,7 +125,9 @@ def test_the_first_direction_runs_to_the_right():
 
 
 def test_a_plane_of_one_loss_is_drawn():
-    landscape.contour_figure({"a": (X, X, np.ones((9, 9)))})
+    axes = landscape.contour_figure({"a": (X, X, np.ones((9, 9)))}).axes[0]
+    assert axes.get_title(loc="left") == "a" or axes.get_title() == "a"
+    assert (axes.get_xlim(), axes.get_ylim()) == ((-1, 1), (-1, 1))
 
 
 @pytest.mark.parametrize(
