@@ -16,10 +16,11 @@ from qexp import prepare
 from qexp.finetune.execute import ExecuteFineTune
 from qexp.finetune.plan import FineTune
 from qexp.quant.batchnorm import reestimate_batchnorm_, refold_batchnorm_, unfold_batchnorm_
-from qexp.quant.convert import layers, quantizers, same_tensor, set_mode_
+from qexp.quant.convert import layers, quantizers, set_mode_
 from qexp.quant.dataflow import Dataflow
 from qexp.quant.estimators import StraightThrough
 from qexp.quant.quantizer import Mode
+from qexp.quant.sites import same_tensor
 from qexp.report import terminal
 from qexp.settings import Settings
 from qexp.store import StoreError

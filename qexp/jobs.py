@@ -158,7 +158,7 @@ def composed(overrides: list[str], **options: Any) -> DictConfig:
     try:
         return compose("config", overrides=overrides, **options)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(explained(error)) from None
+        raise ConfigError(explained(error, [text for text in overrides if "." not in text.partition("=")[0]])) from None
     except ValueError as error:  # how Hydra says that a group is set to null or to a number
         for override in _parsed(overrides):
             names = _options(override.key_or_group)
@@ -172,15 +172,15 @@ def _choice(line: list[str], varied: set[str]) -> dict[str, str]:
     return {key: value for key, _, value in pairs if key in varied}
 
 
-def explained(error: Exception) -> str:
-    """One sentence of one of Hydra's pages."""
+def explained(error: Exception, choices: list[str] | None = None) -> str:
+    """One sentence of one of Hydra's pages; `choices` are the options of groups, which decide what keys there are."""
     text = str(error)
     missing = re.search(r"Could not find '((?:hydra/)?[^'/]+)/([^']*)'", text)
     if missing:
         return f"{missing[1]}={missing[2]}: no such option; allowed are {', '.join(_options(missing[1]))}"
     found = [re.search(pattern, f"{text}\n{error.__cause__}") for pattern in NO_SUCH_KEY]
     if unknown := next(filter(None, found), None):
-        return f"{unknown[1]}: no such key{_siblings(unknown[1])}"
+        return f"{unknown[1]}: no such key{_siblings(unknown[1], choices or [])}"
     if error.__cause__ is not None:  # which says what Hydra met, after Hydra has said where
         text = f"{text} ({str(error.__cause__).splitlines()[0]})"
     return re.sub(r"\s+", " ", re.split(r"See https|Config search path", text)[0]).strip()
@@ -194,8 +194,11 @@ def _options(group: str) -> list[str]:
     return [*found(group), *below]
 
 
-def _siblings(key: str) -> str:
-    node: Any = compose("config")
+def _siblings(key: str, choices: list[str]) -> str:
+    try:
+        node: Any = compose("config", overrides=choices)
+    except (HydraException, OmegaConfBaseException, ValueError):  # which is another mistake
+        node = compose("config")
     for name in key.split(".")[:-1]:
         node = node.get(name) if isinstance(node, DictConfig) else None
     return f"; allowed are {', '.join(map(str, node))}" if isinstance(node, DictConfig) else ""

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from qexp import prepare
-from qexp.quant.convert import calibrating, fold_batchnorm_, observing, quantize_, recall_, site_shapes, targets
+from qexp.quant.convert import calibrating, fold_batchnorm_, observing, quantize_, recall_, targets
 from qexp.quant.dataflow import Dataflow
 from qexp.quant.layers import QuantLinear
 from qexp.quant.observers import Observer
 from qexp.quant.quantizer import Quantizer
 from qexp.quant.recipe import Recipe
+from qexp.quant.sites import site_shapes
 from qexp.report import terminal
 from qexp.sections import ConfigError
 from qexp.settings import Settings

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from qexp.engines.base import Engine
-from qexp.quant.convert import refuse_unquantizable, site_shapes
+from qexp.quant.convert import refuse_unquantizable
 from qexp.quant.dataflow import Dataflow, NotExportable, additions_to_modules
 from qexp.quant.granularity import PerTensor
 from qexp.quant.recipe import Recipe
+from qexp.quant.sites import site_shapes
 from qexp.report import terminal
 from qexp.sections import ConfigError, build
 from qexp.settings import Settings

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from qexp.jobs import compose_jobs, conf_dir
-from qexp.quant.convert import calibrating, quantize_, site_shapes
+from qexp.quant.convert import calibrating, quantize_
 from qexp.quant.quantizer import Mode, Quantizer
 from qexp.quant.recipe import Recipe, Scheme
+from qexp.quant.sites import site_shapes
 
 FIELDS = {"quantizer": "grid", "granularity": "granularity", "calibration": "calibration", "rounding": "rounding"}
 NAMES = {axis: sorted(path.stem for path in Path(conf_dir(), axis).glob("*.yaml")) for axis in FIELDS}

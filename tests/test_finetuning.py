@@ -234,6 +234,7 @@ REFUSED = {
     "finetune=ste finetune.gradual=[99]": "must be a list of widths from 1 to 16",
     "finetune=ste finetune.weight.gradient=soft": "finetune.weight.gradient='soft': allowed are clipped, identity",
     "finetune=ste +finetune.speed=3": "finetune.speed: no such key",
+    "finetune=ste finetune.epoch=3": "finetune.epoch: no such key; allowed are epochs,",
     "finetune=ste finetune.optimizer=null": "finetune.optimizer=null: must hold a _target_",
     "finetune=low_precision finetune.batchnorm=batch": "needs batchnorm=folded",
     "finetune=dorefa finetune.batchnorm=batch": "finetune.batchnorm=batch: weight=dorefa needs batchnorm=folded",

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qexp.quant.dataflow import Dataflow
 from qexp.quant.granularity import PerTensor
@@ -74,7 +74,7 @@ def quantize_(
 ) -> None:
     """Turn layers into their quantized counterparts, in place; `outputs` names those quantized at their output too.
 
-    `logits` names the layer whose output is quantized by `recipe.logits`. `shapes` (from `site_shapes`) is needed
+    `logits` names the layer whose output is quantized by `recipe.logits`. `shapes` (from `sites.site_shapes`) is needed
     where activations have more than one stored scale. A layer stays the same object: its parameters, hooks and
     state_dict keys survive. Errors: ValueError naming a layer that multiplies by weights
     and has no quantized counterpart, blocks that do not fit, and patterns of `exclude` that match nothing.
@@ -108,31 +108,6 @@ def targets(model: nn.Module, recipe: Recipe) -> Iterator[tuple[str, nn.Module]]
     """The layers that `quantize_` turns into quantized ones, with their names."""
     named = model.named_modules()
     return ((name, module) for name, module in named if type(module) in QUANTIZED and not recipe.excludes(name))
-
-
-@torch.no_grad()
-def site_shapes(model: nn.Module, images: Tensor) -> Shapes:
-    """Shape of what arrives at each activation site, for one sample; `model` is in evaluation mode and runs once."""
-    shapes: Shapes = {}
-
-    def record(name: str, sites: tuple[str, ...]):
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            arriving = dict(zip(sites, inputs, strict=False)) | {"output": output}
-            shapes.update({f"{name}.{site}": (1, *x.shape[1:]) for site, x in arriving.items()})
-
-        return hook
-
-    hooks = [
-        module.register_forward_hook(record(name, QUANTIZED[type(module)][1]))
-        for name, module in model.named_modules()
-        if type(module) in QUANTIZED
-    ]
-    try:
-        model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return shapes
 
 
 def refuse_unquantizable(model: nn.Module, recipe: Recipe, shapes: Shapes | None = None) -> None:
@@ -213,36 +188,6 @@ def set_mode_(model: nn.Module, mode: Mode) -> None:
     """Put every calibrated or still uncalibrated site into one mode."""
     for quantizer in quantizers(model):
         quantizer.mode = mode
-
-
-@torch.no_grad()
-def same_tensor(model: nn.Module, images: Tensor) -> list[list[Quantizer]]:
-    """Activation sites that read one and the same tensor, in groups; sites alone are groups of one."""
-    arrived: list[tuple[Tensor, list[Quantizer]]] = []  # tensors are kept, or another could take the place of one
-
-    def note(quantizer: Quantizer, inputs: tuple[Tensor, ...]) -> None:
-        for tensor, group in arrived:
-            if tensor is inputs[0]:
-                group.append(quantizer)
-                return
-        arrived.append((inputs[0], [quantizer]))
-
-    sites = [quantizer for quantizer in quantizers(model) if not quantizer.is_weight]
-    modes = [quantizer.mode for quantizer in sites]
-    hooks = [quantizer.register_forward_pre_hook(note) for quantizer in sites]
-    training = {module: module.training for module in model.modules()}
-    try:
-        for quantizer in sites:
-            quantizer.mode = Mode.OFF
-        model.eval()(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for quantizer, mode in zip(sites, modes, strict=True):
-            quantizer.mode = mode
-        for module, was in training.items():
-            module.training = was
-    return [group for _, group in arrived]
 
 
 @contextmanager

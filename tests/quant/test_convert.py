@@ -21,7 +21,6 @@ from qexp.quant.convert import (
     recall_,
     refuse_unquantizable,
     set_mode_,
-    site_shapes,
     unquantized,
 )
 from qexp.quant.entropy import Entropy
@@ -31,6 +30,7 @@ from qexp.quant.layers import QuantConv2d, QuantLinear
 from qexp.quant.quantizer import Mode
 from qexp.quant.recipe import Recipe, Scheme
 from qexp.quant.search import MSE
+from qexp.quant.sites import site_shapes
 
 RECIPE = Recipe(Scheme(IntegerGrid(8), PerChannel(0)))
 
