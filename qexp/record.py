@@ -92,7 +92,9 @@ def write(
     folder: Path, config: dict, metrics: dict, rows: list[dict], in_float: list[tuple[str, str, str]],
     history: list[dict[str, float]],
 ) -> None:  # fmt: skip
-    """Write config.yaml, layers.csv, unquantized.csv, metrics.json and, after fine-tuning, finetune.csv."""
+    """Write config.yaml, environment.json, layers.csv, unquantized.csv, metrics.json and, after fine-tuning,
+    finetune.csv.
+    """
     if history:
         with (folder / "finetune.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, list(dict.fromkeys(name for row in history for name in row)))
@@ -107,4 +109,5 @@ def write(
         writer = csv.writer(file)
         writer.writerow(("layer", "kind", "reason"))
         writer.writerows(in_float)
+    write_json(folder / "environment.json", environment())
     write_json(folder / "metrics.json", metrics)

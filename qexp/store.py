@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -30,6 +31,21 @@ def run_id(config: dict) -> str:
     True
     """
     return digest({key: value for key, value in config.items() if key not in NOT_IDENTITY})
+
+
+def group_id(config: dict) -> str:
+    """The same for runs that differ in nothing but their seeds: every key named "seed" is left out.
+
+    >>> group_id({"seed": 0, "data": {"seed": 0}}) == group_id({"seed": 1, "data": {"seed": 1}})
+    True
+    """
+    return run_id(_without_seeds(config))
+
+
+def _without_seeds(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _without_seeds(value) for key, value in content.items() if key != "seed"}
+    return [_without_seeds(value) for value in content] if isinstance(content, list) else content
 
 
 def digest(content: object) -> str:
