@@ -73,7 +73,7 @@ def test_metrics_json_holds_what_is_promised_under_known_names_alone(usual, outp
 def test_the_folder_of_a_run_is_whole(usual, outputs):
     loser = next(engine for engine in ENGINES if engine != usual.metrics["engine/winner"])
     assert {path.name for path in usual.folder.iterdir()} == {
-        "config.yaml", "metrics.json", "layers.csv", "unquantized.csv",
+        "config.yaml", "environment.json", "metrics.json", "layers.csv", "unquantized.csv",
         "model_fp32.onnx", "model_int8.onnx", f"model_int8_{loser}.onnx",
     }  # fmt: skip
     config = yaml.safe_load((usual.folder / "config.yaml").read_text())
