@@ -44,6 +44,7 @@ USER_ERRORS = (ConfigError, StoreError, HydraException, OmegaConfBaseException, 
 
 # Other verbs than to run: the first word -> the module that has its `main(arguments) -> exit code`, and what it does.
 VERBS = {
+    "compare": ("qexp.compare_cli", "runs beside each other, as a table and as a page for the browser"),
     "flatness": ("qexp.flatness_cli", "how flat the minima of float training, PTQ and QAT are, as a table and figures"),
     "levels": ("qexp.levels_cli", "which numbers a format has, as tables and figures; nothing is trained"),
 }

@@ -19,10 +19,10 @@ ORDER = [
     {"analysis"},
     {
         "store", "machine", "settings", "tracking", "record", "report", "prepare", "passes", "caches", "stopping",
-        "finetuning", "sections", "plans", "flat",
+        "finetuning", "sections", "plans", "flat", "compare",
     },
     {"run", "jobs"},
-    {"cli", "levels_cli", "flatness_cli", "__main__"},
+    {"cli", "levels_cli", "flatness_cli", "compare_cli", "__main__"},
 ]
 # fmt: on
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

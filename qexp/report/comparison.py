@@ -1,0 +1,367 @@
+"""Groups of runs as a table for the terminal, as rows for files and W&B, and as a figure of what one pays for what."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from qexp.compare.groups import (
+    ACC,
+    MEANING,
+    Group,
+    Mean,
+    has,
+    metrics_of,
+    mixed,
+    origins,
+    seeds_of,
+    value_of,
+)
+from qexp.compare.papers import Paper
+from qexp.compare.pareto import pareto_front
+from qexp.compare.records import Run
+from qexp.report.terminal import output
+from qexp.tracking import METRICS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SHARES = "parity/identical", "parity/off_by_one", "parity/larger", "int8/mac_coverage", "agree/argmax"
+# What a figure is called in a heading, where its own name is not short or not clear.
+HEADINGS = {
+    ACC: "acc %", "acc/fp32": "fp32 %", "acc/control": "fp32 tuned %", "acc/ptq": "PTQ %", "acc/drop": "drop",
+    "sqnr/output_db": "SQNR dB", "latency/int8_ms": "int8 ms", "latency/fp32_ms": "fp32 ms",
+    "latency/speedup": "speed-up", "size/packed_bytes": "KiB", "size/int8_bytes": "int8 file KiB",
+    "parity/identical": "codes = %", "int8/mac_coverage": "int8 MACs %",
+}  # fmt: skip
+# What a narrow terminal goes without, the first first; then figures from the right.
+SPARED = ["size/packed_bytes", "latency/int8_ms", "acc/control", "sqnr/output_db", "acc/fp32", "latency/speedup"]
+# Less of these is better; more of acc/..., sqnr/..., parity/identical and the speed-ups; of the others who knows.
+COSTS = "latency/", "size/", "time/", "acc/drop", "finetune/loss"
+COST_AXES = ["latency/int8_ms", "size/packed_bytes"]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """How a figure is shown: its heading, what it is multiplied by, and its decimals (None: four digits)."""
+
+    heading: str
+    factor: float
+    decimals: int | None
+
+    def text(self, mean: Mean, runs: int | None = None) -> str:
+        """A mean with its interval; how many runs it is of, where that is less than `runs`.
+
+        >>> Shown("acc %", 100, 2).text(Mean(3, 0.98651, 0.00731))
+        '98.65 ± 0.73'
+        """
+        if not mean.n:
+            return ""
+        fewer = f" (n={mean.n})" if runs and mean.n < runs else ""
+        if mean.mean is None:
+            return f"infinite{fewer}"
+        value, half = self.factor * mean.mean, None if mean.half is None else self.factor * mean.half
+        if half is None:
+            return self._number(value) + fewer
+        decimals = self.decimals if self.decimals is not None else _decimals(half, value)
+        if decimals is None:
+            return f"{_plain(value)} ± {_plain(half, 2)}{fewer}"
+        return f"{value:.{decimals}f} ± {half:.{decimals}f}{fewer}"
+
+    def _number(self, value: float) -> str:
+        return _plain(value) if self.decimals is None else f"{value:.{self.decimals}f}"
+
+
+def _decimals(half: float, value: float) -> int | None:
+    """Those with which an uncertainty has two digits; None where that is no way to write the value."""
+    reach = half or abs(value) / 1000
+    if not reach or not 1e-6 < reach < 1e6:
+        return None
+    return max(0, 1 - math.floor(math.log10(reach)))
+
+
+def _plain(value: float, digits: int = 4) -> str:
+    """Without an exponent where that is short."""
+    return f"{value:.0f}" if 10**digits <= abs(value) < 1e7 else f"{value:.{digits}g}"
+
+
+def shown(metric: str) -> Shown:
+    """How a figure is shown, also that of one engine, as in openvino/acc/engine."""
+    own = metric.partition("/")[2]
+    name = own if metric not in MEANING and own in METRICS else metric
+    heading = HEADINGS.get(metric)
+    if name == ACC or name.startswith("acc/") or name in SHARES:
+        return Shown(heading or f"{metric} %", 100, 3 if name == "parity/identical" else 2)
+    if name.startswith("sqnr/"):
+        return Shown(heading or f"{metric.removesuffix('_db')} dB", 1, 1)
+    if name.startswith("size/"):
+        return Shown(heading or f"{metric.removesuffix('_bytes')} KiB", 1 / 1024, 1)
+    if name.startswith("latency/speedup"):
+        return Shown(heading or metric, 1, 2)
+    return Shown(heading or metric, 1, None)
+
+
+def better(metric: str) -> int:
+    """1 where more is better, -1 where less is, 0 where neither is known."""
+    own = metric.partition("/")[2]
+    name = own if metric not in MEANING and own in METRICS else metric
+    if name == ACC or name.startswith(("sqnr/", "latency/speedup")) or name in SHARES[:1] + SHARES[3:]:
+        return 1
+    if name.startswith(COSTS):
+        return -1
+    return 1 if name.startswith("acc/") else 0
+
+
+def summary(groups: Sequence[Group]) -> str:
+    """What a table is of, in a line."""
+    runs = [run for group in groups for run in group.runs]
+    seeds = seeds_of(runs)
+    over = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds"
+    what = f"{_count(len(runs), 'run')} in {_count(len(groups), 'group')}, {over}"
+    if all(len(group.runs) == 1 for group in groups):
+        return f"{what}; one run a group, so no intervals"
+    return f"{what}; mean ± 95 % t-interval"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
+
+
+def remarks(groups: Sequence[Group]) -> list[str]:
+    """What a reader of these figures has to know, a sentence each."""
+    runs = [run for group in groups for run in group.runs]
+    said = []
+    lone = sum(len(group.runs) == 1 for group in groups)
+    if 0 < lone < len(groups):
+        said.append(f"{_count(lone, 'group')} of one run: n = 1 has no interval")
+    if mixed(groups):
+        said.append("some groups hold runs that differ in more than their seeds: their intervals are over all of these")
+    if apart := origins(runs):
+        said.append(f"runs {', '.join(apart)}")
+    return said
+
+
+def comparison_table(groups: Sequence[Group], metrics: Sequence[str], console: Console = output) -> Table:
+    """A group a row; columns are the settings that differ and as many figures as the terminal is wide."""
+    spared = [name for name in SPARED if name in metrics] + [name for name in reversed(metrics) if name not in SPARED]
+    unbounded = console.options.update(max_width=10_000)
+    for count in range(max(len(metrics), 1)):
+        table = _table(groups, metrics, spared[:count])
+        if console.measure(table, options=unbounded).maximum <= console.width:
+            break
+    return table
+
+
+def _table(groups: Sequence[Group], metrics: Sequence[str], spared: Sequence[str]) -> Table:
+    kept = [name for name in metrics if name not in spared]
+    hidden = ", ".join(shown(name).heading for name in metrics if name in spared)
+    table = Table(
+        title=summary(groups), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False,
+        caption=f"a wider terminal also shows {escape(hidden)}" if hidden else None, collapse_padding=True,
+    )  # fmt: skip
+    for key in groups[0].settings:
+        table.add_column(escape(key), overflow="fold")
+    table.add_column("n", justify="right", no_wrap=True)
+    for name in kept:
+        table.add_column(escape(shown(name).heading), justify="right", no_wrap=True)
+    for group in groups:
+        n = len(group.runs)
+        cells = [shown(name).text(group.mean(name), n) for name in kept]
+        table.add_row(*map(escape, group.settings.values()), str(n), *cells)
+    return table
+
+
+def paper_columns(paper: Paper, groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
+    """Ours beside a paper's: heading and rows; first those choices that both have, ours alone stand in our table."""
+    metric = paper.figure(groups)
+    networks = paper.networks
+    keys = list(dict.fromkeys(key for choice in paper.choices for key in choice))
+    columns = [*keys, f"ours, {shown(metric).heading}", *networks]
+    rows = []
+    if any(paper.fp32(network) is not None for network in networks):
+        ours = [f"{_own(group, groups)}{shown('acc/fp32').text(group.mean('acc/fp32'))}" for group in _floats(groups)]
+        rows.append(["fp32", *[""] * (len(keys) - 1), "; ".join(ours), *(_cell(paper.fp32(n)) for n in networks)])
+    for choice in paper.choices:
+        joined = paper.ours(groups, choice)
+        ours = [f"{_other(group, choice)}{shown(metric).text(group.mean(metric), len(group.runs))}" for group in joined]
+        cells = [_cell(paper.value(choice, network)) for network in networks]
+        rows.append([*(choice.get(key, "") for key in keys), "; ".join(ours), *cells])
+    return columns, rows
+
+
+def _floats(groups: Sequence[Group]) -> list[Group]:
+    """One group for each float network, told by its figure."""
+    found: dict[tuple, Group] = {}
+    for group in groups:
+        if group.mean("acc/fp32").n:
+            found.setdefault((group.settings.get("model"), group.mean("acc/fp32")), group)
+    return list(found.values())
+
+
+def _own(group: Group, groups: Sequence[Group]) -> str:
+    models = {other.settings.get("model") for other in groups}
+    return f"{group.settings['model']} " if len(models) > 1 and "model" in group.settings else ""
+
+
+def _other(group: Group, choice: dict[str, str]) -> str:
+    """Those settings of a group that the paper's choice says nothing of."""
+    words = [word for key, word in group.settings.items() if key not in choice]
+    return f"{' '.join(words)} " if words else ""
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:g}" if isinstance(value, (int, float)) else str(value)
+
+
+def paper_table(paper: Paper, groups: Sequence[Group]) -> Table:
+    """Ours beside a paper's figures; the paper's networks are columns."""
+    columns, rows = paper_columns(paper, groups)
+    title = f"{paper.experiment}: {paper.source}" + (f" ({paper.unit})" if paper.unit else "")
+    words = [f"trend: {paper.trend}" if paper.trend else "", paper.note]
+    table = Table(
+        title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False,
+        caption=escape("\n".join(filter(None, words))), caption_justify="left", collapse_padding=True,
+    )  # fmt: skip
+    mine = len(columns) - len(paper.networks)
+    for number, column in enumerate(columns):
+        table.add_column(escape(column), justify="left" if number < mine - 1 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
+def comparison_rows(groups: Sequence[Group], metrics: Sequence[str] = ()) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows for a table of numbers: settings, n, then mean and both ends of the interval of each figure."""
+    names = metrics_of([run for group in groups for run in group.runs], metrics)
+    settings = list(groups[0].settings) if groups else []
+    columns = [*settings, "n", *(f"{name}{end}" for name in names for end in ("", "/lo", "/hi"))]
+    rows = []
+    for group in groups:
+        row: list[Any] = [*group.settings.values(), len(group.runs)]
+        for name in names:
+            found = group.mean(name)
+            row += [found.mean, *_ends(found)]
+        rows.append(row)
+    return columns, rows
+
+
+def _ends(mean: Mean) -> tuple[float | None, float | None]:
+    if mean.mean is None or mean.half is None:
+        return None, None
+    return mean.mean - mean.half, mean.mean + mean.half
+
+
+def to_csv(groups: Sequence[Group], metrics: Sequence[str]) -> str:
+    """The rows of a table as CSV; a figure that is not there is empty."""
+    columns, rows = comparison_rows(groups, metrics)
+    file = io.StringIO(newline="")
+    csv.writer(file, lineterminator="\n").writerows([columns, *rows])
+    return file.getvalue()
+
+
+def to_json(groups: Sequence[Group], metrics: Sequence[str]) -> str:
+    """Groups with their figures, and the runs of each with theirs."""
+    content = [
+        {
+            "settings": group.settings,
+            "n": len(group.runs),
+            "metrics": {name: _json_mean(group.mean(name)) for name in metrics if group.mean(name).n},
+            "runs": [
+                {"run_id": run.run_id, "seed": run.config.get("seed"),
+                 "metrics": {name: value_of(run, name) for name in metrics if has(run, name)}}
+                for run in group.runs
+            ],
+        }
+        for group in groups
+    ]  # fmt: skip
+    return json.dumps({"interval": "95 % t-interval", "groups": content}, indent=2, allow_nan=False) + "\n"
+
+
+def _json_mean(mean: Mean) -> dict[str, Any]:
+    low, high = _ends(mean)
+    return {"n": mean.n, "mean": mean.mean, "lo": low, "hi": high}
+
+
+def to_latex(groups: Sequence[Group], metrics: Sequence[str]) -> str:
+    r"""A table for a paper, with the rules of the package booktabs (\usepackage{booktabs})."""
+    settings = list(groups[0].settings)
+    heading = [*map(_latex, settings), "$n$", *(_latex(shown(name).heading) for name in metrics)]
+    lines = [rf"% {summary(groups)}", rf"\begin{{tabular}}{{{'l' * len(settings)}{'r' * (1 + len(metrics))}}}"]
+    lines += [r"\toprule", " & ".join(heading) + r" \\", r"\midrule"]
+    for group in groups:
+        cells = [_latex(shown(name).text(group.mean(name), len(group.runs))) for name in metrics]
+        lines.append(" & ".join([*map(_latex, group.settings.values()), str(len(group.runs)), *cells]) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+LATEX = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "±": r"$\pm$", "—": "---", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
+    **{sign: f"\\{sign}" for sign in "&%$#_"},
+}  # fmt: skip
+
+
+def _latex(text: str) -> str:
+    return "".join(LATEX.get(sign, sign) for sign in " ".join(text.split()))
+
+
+def pareto_figure(groups: Sequence[Group]) -> Figure:
+    """Accuracy against latency and against size, with intervals; the line joins what no other group beats."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    from qexp.report.figures import STYLE
+
+    axes_of = [name for name in COST_AXES if any(_point(group, name) for group in groups)]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(5 * max(len(axes_of), 1), 3.8), layout="constrained")
+        for axes, cost in zip(figure.subplots(1, max(len(axes_of), 1), squeeze=False)[0], axes_of or [""], strict=True):
+            if cost:
+                _front(axes, groups, cost)
+            else:
+                axes.set_axis_off()
+                axes.text(0.5, 0.5, "no run has an accuracy and a latency or a size", ha="center")
+        return figure
+
+
+def _point(group: Group, cost: str) -> tuple[Mean, Mean] | None:
+    x, y = group.mean(cost), group.mean(ACC)
+    return None if x.mean is None or y.mean is None else (x, y)
+
+
+def _front(axes, groups: Iterable[Group], cost: str) -> None:
+    from qexp.report.figures import BLUE, GREY
+
+    points = [(group, *point) for group in groups if (point := _point(group, cost))]
+    xs, ys = ([shown(name).factor * mean.mean for mean in means] for name, means in (
+        (cost, [x for _, x, _ in points]), (ACC, [y for _, _, y in points])))  # fmt: skip
+    best = pareto_front(list(zip(xs, ys, strict=True)))
+    axes.step([xs[i] for i in best], [ys[i] for i in best], where="post", color=BLUE, linewidth=1, alpha=0.5)
+    for i, (_, x, y) in enumerate(points):
+        errors = {"xerr": shown(cost).factor * (x.half or 0), "yerr": 100 * (y.half or 0)}
+        color = BLUE if i in best else GREY
+        axes.errorbar(xs[i], ys[i], **errors, fmt="o", markersize=5, color=color, elinewidth=0.8, capsize=2)
+    for i in best[:8]:
+        axes.annotate(points[i][0].name, (xs[i], ys[i]), (5, -9), textcoords="offset points", fontsize=7)
+    axes.set(xlabel=_axis(cost), ylabel="accuracy, %")
+
+
+def _axis(metric: str) -> str:
+    return {"latency/int8_ms": "latency in int8, ms", "size/packed_bytes": "size, KiB"}.get(
+        metric, shown(metric).heading
+    )
+
+
+def runs_of(groups: Iterable[Group]) -> list[Run]:
+    """All runs, group by group."""
+    return [run for group in groups for run in group.runs]
