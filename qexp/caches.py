@@ -13,6 +13,7 @@ from torch import nn
 
 from qexp.engines.export import Graph, export_float
 from qexp.machine import versions
+from qexp.models.spread import spread_channels_
 from qexp.prepare import calibration_loader, target
 from qexp.quant.dataflow import Dataflow
 from qexp.quant.granularity import Granularity
@@ -20,9 +21,11 @@ from qexp.quant.layers import QuantConv2d
 from qexp.quant.observers import Observer
 from qexp.quant.quantizer import Quantizer
 from qexp.quant.sketch import Sketch
-from qexp.settings import Settings
+from qexp.settings import PREPARED, Settings
 from qexp.store import TensorCache
 from qexp.tasks.fp32 import Float32Task
+
+OF_CALIBRATION = ("calibration_size", "calibration_outlier")  # options of data that do not touch training
 
 
 def float_cache(settings: Settings, net: nn.Module, data: pl.LightningDataModule, outputs: Path) -> TensorCache:
@@ -30,8 +33,7 @@ def float_cache(settings: Settings, net: nn.Module, data: pl.LightningDataModule
     config = settings.config
     determined_by = {
         "model": config["model"],
-        # The calibration draw does not touch training.
-        "data": {key: value for key, value in config["data"].items() if key != "calibration_size"},
+        "data": {key: value for key, value in config["data"].items() if key not in OF_CALIBRATION},
         # What lies on disk may change while its path stays.
         "samples": data.fingerprint() if hasattr(data, "fingerprint") else None,
         "trainer": config["trainer"],
@@ -49,16 +51,28 @@ def sketch_cache(float_network: TensorCache, settings: Settings) -> TensorCache:
     """The place of what the calibration pass saw: the hash of the float network and of the data that passed."""
     determined_by = {
         "float network": float_network.determined_by,
+        **_made_of_it(settings),
         "calibration data": settings.config["data"],
-        "sources": _source_hashes(Sketch, Observer, Granularity, Quantizer, QuantConv2d, Dataflow, calibration_loader),
+        "sources": _source_hashes(
+            Sketch, Observer, Granularity, Quantizer, QuantConv2d, Dataflow, calibration_loader, spread_channels_
+        ),
     }
     return TensorCache(float_network.root.parent / "sketch", determined_by, "calibrate again")
 
 
-def graph_cache(float_network: TensorCache) -> TensorCache:
+def graph_cache(float_network: TensorCache, settings: Settings) -> TensorCache:
     """The place of the float network's ONNX form."""
-    determined_by = {"float network": float_network.determined_by, "sources": _source_hashes(export_float, Dataflow)}
+    determined_by = {
+        "float network": float_network.determined_by,
+        **_made_of_it(settings),
+        "sources": _source_hashes(export_float, spread_channels_, Dataflow),
+    }
     return TensorCache(float_network.root.parent / "onnx", determined_by, "export again")
+
+
+def _made_of_it(settings: Settings) -> dict[str, Any]:
+    """What is done to the float network after training."""
+    return {key: settings.config[key] for key in PREPARED}
 
 
 def float_graph(flow: Dataflow, cache: TensorCache) -> Graph:

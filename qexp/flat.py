@@ -101,6 +101,7 @@ def images(data: pl.LightningDataModule, seed: int) -> list[tuple[Tensor, Tensor
     if isinstance(data, DataModule):
         data = copy.copy(data)
         data.calibration_size = min(IMAGES, len(data.splits[0]))
+        data.calibration_outlier = 1
     found, count = [], 0
     for x, labels in prepare.calibration_loader(data, seed):
         found.append((x[: IMAGES - count], labels[: IMAGES - count]))

@@ -53,14 +53,18 @@ def agreement(logits: Tensor, reference: Tensor) -> float:
 def calibrated(
     net: nn.Module, settings: Settings, data: pl.LightningDataModule, flow: Dataflow, sketches: TensorCache
 ) -> nn.Module:
-    """A copy of the float network, folded, with all its quantizers, calibrated. Errors: ConfigError."""
-    recipe, model = settings.recipe, copy.deepcopy(net)
-    fold_batchnorm_(model, flow)
+    """A copy of the float network, folded, with all its quantizers, calibrated. Errors: ConfigError.
+
+    Where it is not to be folded, no engine asks for outputs of layers, and BatchNorm follows them in float.
+    """
+    recipe, model, folds = settings.recipe, copy.deepcopy(net), settings.config["fold_batchnorm"]
+    if folds:
+        fold_batchnorm_(model, flow)
     try:
         quantized = {name for name, _ in targets(model, recipe)}
         shapes = site_shapes(model, flow.example)
         logits = _logits_layer(net, recipe, flow, quantized)
-        quantize_(model, recipe, tuple(flow.open_layers(quantized)), logits, shapes)
+        quantize_(model, recipe, tuple(flow.open_layers(quantized)) if folds else (), logits, shapes)
     except ValueError as error:
         raise ConfigError(prepare.blamed(error)) from None
     calibrate_(model, settings, data, flow, sketches)

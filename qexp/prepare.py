@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from qexp.engines.base import Engine
+from qexp.models import spread
 from qexp.quant.convert import refuse_unquantizable
 from qexp.quant.dataflow import Dataflow, NotExportable, additions_to_modules
 from qexp.quant.granularity import PerTensor
@@ -253,6 +254,22 @@ def train_(net: nn.Module, settings: Settings, data: pl.LightningDataModule, cac
         raise StoreError(f"float cache {cache.folder}: holds another network; delete it to train again") from None
     net.cpu().eval()
     _require_finite(_learned(net))
+
+
+def require_spreadable(net: nn.Module, flow: Dataflow, settings: Settings) -> None:
+    """Refuse to spread a network that has no channels for it. Errors: ConfigError."""
+    most = settings.config["channel_spread"]
+    try:
+        if most:
+            spread.require_pairs(net, flow)
+    except ValueError as error:
+        raise ConfigError(f"channel_spread={most}: {error}; choose 0") from None
+
+
+def spread_(net: nn.Module, flow: Dataflow, settings: Settings) -> None:
+    """Give channels unequal sizes after training, by the seed; the network computes the same. Errors: ConfigError."""
+    require_spreadable(net, flow, settings)
+    spread.spread_channels_(net, flow, settings.config["channel_spread"], settings.seed)
 
 
 def _learned(net: nn.Module) -> dict[str, Tensor]:

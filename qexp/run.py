@@ -113,8 +113,10 @@ def _float_network(settings: Settings, outputs: Path, logger: Any) -> Run:
     cache = caches.float_cache(settings, net, data, outputs)
     if not cache.folder.exists():
         with prepare.evaluating(net):
-            _trace(net, example)  # what cannot be traced need not be trained
+            prepare.require_spreadable(net, _trace(net, example), settings)  # what cannot be need not be trained
     prepare.train_(net, settings, data, cache, logger.lightning)
+    if settings.config["channel_spread"]:
+        prepare.spread_(net, _trace(net, example), settings)
     flow = _trace(net, example)
     ready, warning = additions_to_modules(net, flow)
     if ready is not net:
@@ -128,7 +130,7 @@ def _float_network(settings: Settings, outputs: Path, logger: Any) -> Run:
     if engines:
         with terminal.stage("exporting the float network to ONNX"):
             try:
-                job.graphs["fp32"] = caches.float_graph(flow, caches.graph_cache(cache))
+                job.graphs["fp32"] = caches.float_graph(flow, caches.graph_cache(cache, settings))
             except NotExportable as error:
                 job.refused(str(error))
     return job
@@ -155,7 +157,8 @@ def _quantize(job: Run) -> None:
     recipe, model = job.settings.recipe, _calibrated(job)
     products = [(name, "product", "written as a function") for name in job.flow.functional_products()]
     sums = [(name, "addition", "written as a function") for name in job.flow.functional_additions()]
-    job.quantized, job.in_float = model, unquantized(model, recipe) + products + sums
+    in_float = unquantized(model, recipe, job.settings.config["fold_batchnorm"])
+    job.quantized, job.in_float = model, in_float + products + sums
     job.metrics |= footprint(model).metrics()
 
 
@@ -218,7 +221,7 @@ def _deploy_all(job: Run) -> None:
 
 
 def _int8_graph(job: Run) -> onnx.ModelProto | None:
-    if job.engines and (why := job.settings.recipe.simulation_only):
+    if job.engines and (why := job.settings.simulation_only):
         job.refused(why)
     if not job.engines:
         return None

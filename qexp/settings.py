@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from qexp.data.options import require_folder, require_share, require_whole
+from qexp.data.options import require_factor, require_folder, require_share, require_whole
 from qexp.finetune.plan import FineTune
 from qexp.plans import finetune_plan
 from qexp.quant.calibration import Calibration
@@ -36,6 +36,11 @@ class Settings:
     def flatness(self) -> bool:
         """Whether the flatness of the minimum is measured."""
         return self.config["flatness"]
+
+    @property
+    def simulation_only(self) -> str | None:
+        """Why no int8 engine can run this; None where one can."""
+        return self.recipe.simulation_only if self.config["fold_batchnorm"] else UNFOLDED
 
     @property
     def label(self) -> str:
@@ -72,12 +77,18 @@ SECTIONS: dict[str, tuple[str, ...] | None] = {
     "logger": None,
     "paths": ("outputs",),
     "seed": (),
+    "channel_spread": (),
+    "fold_batchnorm": (),
     "compiled": (),
     "flatness": (),
     "progress": (),
 }
+# What is done to a trained float network before it is quantized, and what a config may leave out, too.
+PREPARED = {"channel_spread": 0, "fold_batchnorm": True}
+UNFOLDED = "BatchNorm is not folded into the layers before it (fold_batchnorm=false), as it is in every int8 engine"
 CHOICES = {
     "method.name": ("fp32", "ptq", "qat"),
+    "fold_batchnorm": (True, False),
     "trainer.accelerator": ("cpu", "gpu", "auto"),
     "trainer.precision": ("32-true", "bf16-mixed", "16-mixed"),
     "compiled": (True, False),
@@ -88,6 +99,7 @@ CHOICES = {
 # key -> (type, smallest allowed value, whether that value itself is allowed)
 NUMBERS: dict[str, tuple[type, float, bool]] = {
     "seed": (int, 0, True),
+    "channel_spread": (int, 0, True),
     "engine.threads": (int, 1, True),
     "engine.batch_size": (int, 1, True),
     "engine.seconds": (float, 0, False),
@@ -108,7 +120,9 @@ FOLDERS = {
     "qexp.data.ImageFolder": "the folders train and val",
 }
 # key -> largest allowed value; numpy's for the seed
-MOST = {"seed": 2**32 - 1, "engine.threads": 1024, "trainer.devices": 1024, "trainer.threads": 1024}
+MOST = {"seed": 2**32 - 1, "channel_spread": 16} | dict.fromkeys(
+    ("engine.threads", "trainer.devices", "trainer.threads"), 1024
+)
 
 
 def settings(config: DictConfig) -> Settings:
@@ -122,7 +136,7 @@ def settings(config: DictConfig) -> Settings:
     for group, name, usual in OPTIONAL:
         if isinstance(plain.get(group), dict):
             plain[group].setdefault(name, usual)
-    for key, usual in OPTIONAL_KEYS.items():
+    for key, usual in (OPTIONAL_KEYS | PREPARED).items():
         plain.setdefault(key, usual)
     _check_keys(plain)
     for key, allowed in CHOICES.items():
@@ -134,6 +148,7 @@ def settings(config: DictConfig) -> Settings:
     for key, most in MOST.items():
         if _lookup(plain, key) > most:
             raise ConfigError(f"{key}={_lookup(plain, key)}: must be at most {most}")
+    _refuse_what_does_not_combine(plain)
     _refuse_devices(plain)
     _check_targets(plain)
     _check_own_options(plain)
@@ -157,10 +172,22 @@ def _refuse_devices(plain: dict[str, Any]) -> None:
 
 def _refuse_formats_that_no_engine_runs(plain: dict[str, Any], recipe: Recipe) -> None:
     """An engine that is asked for by name must be able to run the format; `engine=all` goes on in simulation."""
-    engine = plain["engine"]
-    if engine["required"] and engine["engines"] and plain["method"]["name"] != "fp32" and recipe.simulation_only:
+    engine, why = plain["engine"], recipe.simulation_only if plain["fold_batchnorm"] else UNFOLDED
+    if engine["required"] and engine["engines"] and plain["method"]["name"] != "fp32" and why:
         names = ", ".join(engine["engines"])
-        raise ConfigError(f"engine={names}: cannot run it, because {recipe.simulation_only}; engine=none simulates it")
+        raise ConfigError(f"engine={names}: cannot run it, because {why}; engine=none simulates it")
+
+
+def _refuse_what_does_not_combine(plain: dict[str, Any]) -> None:
+    if not plain["fold_batchnorm"] and plain["method"]["name"] == "qat":
+        raise ConfigError(
+            "fold_batchnorm=false: is for method=ptq; finetune.batchnorm says how BatchNorm is trained in method=qat"
+        )
+    outlier = plain["data"].get("calibration_outlier", 1)
+    if outlier != 1 and plain["finetune"].get("reestimate"):
+        raise ConfigError(
+            f"data.calibration_outlier={outlier}: is for calibration alone, but finetune.reestimate=true trains on it"
+        )
 
 
 def _check_targets(plain: dict[str, Any]) -> None:
@@ -185,6 +212,8 @@ def _check_own_options(plain: dict[str, Any]) -> None:
     data = plain["data"]
     if data["_target_"] == "qexp.data.Digits" and "train_share" in data:
         _own(require_share, "train_share", data["train_share"])
+    if data["_target_"].startswith("qexp.") and "calibration_outlier" in data:
+        _own(require_factor, "calibration_outlier", data["calibration_outlier"])
     if data["_target_"] in FOLDERS and "root" in data:
         _own(require_folder, data["root"], FOLDERS[data["_target_"]])
 

@@ -133,7 +133,7 @@ def test_configs_of_a_user_are_options_like_others(tmp_path):
     assert job.settings.config["model"] == {"_target_": "mine.Net", "width": 3}
     jobs = compose_jobs(["model=resnet8,mine"], multirun=True, config_dir=str(tmp_path))
     assert [job.settings.label.split()[0] for job in jobs] == ["resnet8", "Net"]
-    assert len(compose_jobs(["model=glob(m*)"], multirun=True, config_dir=str(tmp_path))) == 3
+    assert len(compose_jobs(["model=glob(m*)"], multirun=True, config_dir=str(tmp_path))) == 4
 
 
 @pytest.mark.parametrize(

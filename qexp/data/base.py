@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, Subset
 
-from qexp.data.options import require_whole
+from qexp.data.options import require_factor, require_whole
 from qexp.quant.distributed import rank, ranks
 
 # Turns a source (a tensor, a path) into an image; with a generator it may augment.
@@ -36,6 +36,26 @@ class Samples(Dataset):
         index, seed = key if isinstance(key, tuple) else (key, None)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         return self.read(self.sources[index], generator), self.labels[index]
+
+
+class WithOutlier(Dataset):
+    """The same samples, the first image times a factor: an exposure that went wrong.
+
+    >>> images = Samples(torch.ones(5, 1, 8, 8), torch.arange(5), lambda image, generator: image)
+    >>> [float(WithOutlier(images, 8)[index][0].max()) for index in (0, 1)]
+    [8.0, 1.0]
+    """
+
+    def __init__(self, samples: Dataset, factor: float):
+        self.samples = samples
+        self.factor = factor
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        image, label = self.samples[index]
+        return (image * self.factor if index == 0 else image), label
 
 
 class SeededOrder(Sampler):
@@ -137,12 +157,15 @@ class DataModule(pl.LightningDataModule):
     num_classes: int
     input_shape: tuple[int, int, int]  # (C, H, W)
 
-    def __init__(self, batch_size: int, calibration_size: int, seed: int, num_workers: int = 0):
+    def __init__(
+        self, batch_size: int, calibration_size: int, seed: int, num_workers: int = 0, calibration_outlier: float = 1
+    ):
         super().__init__()
         self.batch_size = require_whole("batch_size", batch_size, minimum=2)
         self.calibration_size = require_whole("calibration_size", calibration_size, minimum=1)
         self.seed = require_whole("seed", seed, minimum=0)
         self.num_workers = require_whole("num_workers", num_workers, minimum=0)
+        self.calibration_outlier = require_factor("calibration_outlier", calibration_outlier)
         self.splits: tuple[Samples, Samples] | None = None
 
     def load(self) -> tuple[Samples, Samples]:
@@ -186,11 +209,15 @@ class DataModule(pl.LightningDataModule):
         return self._loader(train, sampler=order, drop_last=drop_last)
 
     def calibration_dataloader(self) -> DataLoader:
-        """Unaugmented training images, `calibration_size` of them, drawn class by class."""
+        """Unaugmented training images, `calibration_size` of them, drawn class by class.
+
+        The one that is drawn first is multiplied by `calibration_outlier`, after normalisation.
+        """
         self.setup()
         train = self.splits[0]
         indices = stratified_indices(train.labels, self.calibration_size, self.seed)
-        return self._loader(Subset(train, indices.tolist()))
+        drawn = Subset(train, indices.tolist())
+        return self._loader(drawn if self.calibration_outlier == 1 else WithOutlier(drawn, self.calibration_outlier))
 
     def test_dataloader(self) -> DataLoader:
         """All test images in their stored order."""

@@ -38,8 +38,9 @@ class CIFAR10(DataModule):
         batch_size: int = 128,
         calibration_size: int = 512,
         seed: int = 0,
+        calibration_outlier: float = 1,
     ):
-        super().__init__(batch_size, calibration_size, seed)
+        super().__init__(batch_size, calibration_size, seed, calibration_outlier=calibration_outlier)
         folders = "CIFAR-10 folder cifar-10-batches-bin or cifar-10-batches-py"
         self.root = require_folder(root, f"the {folders}")
         if augment not in (True, False):

@@ -26,8 +26,9 @@ class Digits(DataModule):
         train_share: float = 0.5,
         calibration_size: int = 256,
         seed: int = 0,
+        calibration_outlier: float = 1,
     ):
-        super().__init__(batch_size, calibration_size, seed)
+        super().__init__(batch_size, calibration_size, seed, calibration_outlier=calibration_outlier)
         self.train_share = require_share("train_share", train_share)
 
     def load(self) -> tuple[Samples, Samples]:

@@ -34,8 +34,9 @@ class ImageFolder(DataModule):
         calibration_size: int = 512,
         seed: int = 0,
         num_workers: int = 4,
+        calibration_outlier: float = 1,
     ):
-        super().__init__(batch_size, calibration_size, seed, num_workers)
+        super().__init__(batch_size, calibration_size, seed, num_workers, calibration_outlier)
         self.image_size = require_whole("image_size", image_size, minimum=1)
         self.root = require_folder(root, "the folders train and val")
         self.classes = class_names(self.root / "train")

@@ -15,6 +15,18 @@ def require_whole(name: str, value: int, minimum: int, group: str = "data") -> i
     return value
 
 
+def require_factor(name: str, value: float) -> float:
+    """Return `value`, or raise `ValueError` unless it is a finite number of at least 1.
+
+    >>> require_factor("calibration_outlier", 0)
+    Traceback (most recent call last):
+    ValueError: data.calibration_outlier=0: must be a number of at least 1
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value < float("inf"):
+        raise ValueError(f"data.{name}={value!r}: must be a number of at least 1")
+    return value
+
+
 def require_share(name: str, value: float) -> float:
     """Return `value`, or raise `ValueError` unless it is a share that leaves something on both sides.
 

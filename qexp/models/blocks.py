@@ -65,6 +65,18 @@ def init_convolutions(model: nn.Module) -> None:
                 module.weight.mul_(gain)
 
 
+def relu_named(activation: str) -> type[nn.Module]:
+    """The module of this name; `ValueError` for another.
+
+    >>> relu_named("relu6")()
+    ReLU6()
+    """
+    found = {"relu": nn.ReLU, "relu6": nn.ReLU6}
+    if activation not in found:
+        raise ValueError(f"model.activation={activation!r}: allowed are {', '.join(found)}")
+    return found[activation]
+
+
 def require_positive(**sizes: int) -> None:
     """Check the constructor's sizes; `ValueError` names the first that is no positive whole number.
 

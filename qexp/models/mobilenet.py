@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from qexp.models.blocks import Head, conv_bn, init_convolutions, require_positive
+from qexp.models.blocks import Head, conv_bn, init_convolutions, relu_named, require_positive
 from qexp.quant.layers import Add
 
 # Output channels (as multiples of `width`) and stride of each separable block.
@@ -22,7 +22,7 @@ INVERTED = [
 
 
 class SeparableBlock(nn.Module):
-    """Depthwise 3x3 convolution, then pointwise 1x1 convolution, each with batch norm and ReLU6.
+    """Depthwise 3x3 convolution, then pointwise 1x1 convolution, each with batch norm and a ReLU, by default ReLU6.
 
     Shapes: (N, channels[0], H, W) -> (N, channels[1], ceil(H / stride), ceil(W / stride)).
 
@@ -30,11 +30,11 @@ class SeparableBlock(nn.Module):
     torch.Size([1, 8, 4, 4])
     """
 
-    def __init__(self, channels: tuple[int, int], stride: int):
+    def __init__(self, channels: tuple[int, int], stride: int, activation: type[nn.Module] = nn.ReLU6):
         super().__init__()
         inner = channels[0]
-        self.depthwise = conv_bn((inner, inner), 3, stride, groups=inner, activation=nn.ReLU6)
-        self.pointwise = conv_bn(channels, 1, activation=nn.ReLU6)
+        self.depthwise = conv_bn((inner, inner), 3, stride, groups=inner, activation=activation)
+        self.pointwise = conv_bn(channels, 1, activation=activation)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.pointwise(self.depthwise(x))
@@ -91,20 +91,21 @@ class MobileNet(nn.Module):
         return self.head(x)  # (N, num_classes)
 
 
-def mobilenet(in_channels: int = 1, num_classes: int = 10, width: int = 16) -> MobileNet:
-    """Small MobileNet-v1 of six separable blocks from `width` up to 16 times `width` channels.
+def mobilenet(in_channels: int = 1, num_classes: int = 10, width: int = 16, activation: str = "relu6") -> MobileNet:
+    """Small MobileNet-v1 of six separable blocks from `width` up to 16 times `width` channels, all ReLU6 or all ReLU.
 
     Shapes: (N, in_channels, H, W) -> (N, num_classes), H and W from 4 up.
-    Raises `ValueError` for a size below 1.
+    Raises `ValueError` for a size below 1 and for another activation.
 
     >>> mobilenet()(torch.zeros(2, 1, 8, 8)).shape
     torch.Size([2, 10])
     """
     require_positive(in_channels=in_channels, num_classes=num_classes, width=width)
-    stem = conv_bn((in_channels, width), 3, activation=nn.ReLU6)
+    relu = relu_named(activation)
+    stem = conv_bn((in_channels, width), 3, activation=relu)
     blocks, inner = [], width
     for factor, stride in SEPARABLE:
-        blocks.append(SeparableBlock((inner, factor * width), stride))
+        blocks.append(SeparableBlock((inner, factor * width), stride, relu))
         inner = factor * width
     return MobileNet(stem, blocks, None, Head(inner, num_classes))
 

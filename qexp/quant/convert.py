@@ -153,8 +153,8 @@ def _require_blocks(site: str, scheme: Scheme, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{site}: {error}") from None
 
 
-def unquantized(model: nn.Module, recipe: Recipe) -> list[tuple[str, str, str]]:
-    """Every layer with parameters that stays in float, as (name, kind, reason)."""
+def unquantized(model: nn.Module, recipe: Recipe, folded: bool = True) -> list[tuple[str, str, str]]:
+    """Every layer with parameters that stays in float, as (name, kind, reason); `folded`: BatchNorm where it can be."""
     rows = []
     for name, module in model.named_modules():
         if type(module) in KINDS or not any(True for _ in module.parameters(recurse=False)):
@@ -162,7 +162,8 @@ def unquantized(model: nn.Module, recipe: Recipe) -> list[tuple[str, str, str]]:
         if recipe.excludes(name):
             reason = "excluded by quantizer.exclude"
         elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-            reason = "no convolution or linear layer feeds it alone, so it cannot be folded"
+            cannot = "no convolution or linear layer feeds it alone, so it cannot be folded"
+            reason = cannot if folded else "left beside its layer by fold_batchnorm=false"
         elif isinstance(module, LOOKUPS):
             reason = "a lookup, no matrix product"
         elif any(True for _ in module.children()):

@@ -73,6 +73,24 @@ def test_calibration_may_take_the_whole_training_split_and_no_more(make, batches
         make(calibration_size=size + 1).setup()
 
 
+def test_an_outlier_is_the_first_calibration_image_and_nowhere_else(make, batches):
+    plain, wrong = make(), make(calibration_outlier=8)
+    (usual, labels), (images, same) = (batches(data.calibration_dataloader()) for data in (plain, wrong))
+    assert torch.equal(images[0], 8 * usual[0]) and not torch.equal(images[0], usual[0])
+    assert torch.equal(images[1:], usual[1:]) and torch.equal(labels, same)
+    first = make(calibration_outlier=8, calibration_size=2)  # a smaller draw is the beginning of a larger one
+    assert torch.equal(batches(first.calibration_dataloader())[0], images[:2])
+    for loader in "train_dataloader", "test_dataloader":
+        assert torch.equal(batches(getattr(plain, loader)())[0], batches(getattr(wrong, loader)())[0])
+    assert plain.fingerprint() == wrong.fingerprint()
+
+
+@pytest.mark.parametrize("value", [0, 0.5, -8, True, "8", None, float("inf"), float("nan")])
+def test_a_bad_outlier_is_named(make, value):
+    with pytest.raises(ValueError, match=f"^data.calibration_outlier={value!r}: must be a number of at least 1$"):
+        make(calibration_outlier=value)
+
+
 def test_the_test_split_comes_whole_and_in_order(make, batches):
     data = make()
     first = batches(data.test_dataloader())

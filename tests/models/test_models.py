@@ -131,6 +131,14 @@ def test_a_bad_size_is_named(family, option, value):
         family(**{option: value})
 
 
+def test_a_mobilenet_has_the_activation_that_is_asked_for_everywhere():
+    kinds = {name: {type(m) for m in mobilenet(activation=name).modules()} for name in ("relu", "relu6")}
+    assert nn.ReLU in kinds["relu"] and nn.ReLU6 not in kinds["relu"]
+    assert nn.ReLU6 in kinds["relu6"] and nn.ReLU not in kinds["relu6"]
+    with pytest.raises(ValueError, match="^model.activation='gelu': allowed are relu, relu6$"):
+        mobilenet(activation="gelu")
+
+
 def test_a_bad_width_is_named():
     for family in SMALL:
         with pytest.raises(ValueError, match="^model.width=0: "):
