@@ -27,7 +27,7 @@ in any browser without a network.
 
   --group-by KEY     group by this setting (calibration, quantizer.weight.bits); may be repeated, or KEY,KEY
   --metric NAME      show this figure (acc, openvino/latency/int8_ms); may be repeated, or NAME,NAME
-  --where KEY=VALUE  only runs with this value, as the table or the sweep says it; may be repeated
+  --where KEY=VALUE  only runs with this value (or VALUE,VALUE), as the table or the sweep says it; may be repeated
   --html FILE        the page (without it: compare.html in the outputs folder)
   --no-html          no page
   --csv FILE, --latex FILE, --json FILE   the table for a spreadsheet, a paper, a program

@@ -172,11 +172,18 @@ def values_of(runs: Sequence[Run], key: str) -> list[Any]:
 
 
 def where(runs: Sequence[Run], conditions: Sequence[tuple[str, str]]) -> list[Run]:
-    """Those runs which have these values, as words of the sweep or as a table shows them. Errors: ConfigError."""
+    """Those runs which have these values (or one of a,b), as words of the sweep or as a table shows them.
+
+    Errors: ConfigError.
+    """
     for key, wanted in conditions:
         values = values_of(runs, key) if runs else []
         shown = [{brief(value), text} for value, text in zip(values, texts(values) if values else [], strict=True)]
-        kept = [run for run, words in zip(runs, shown, strict=True) if any(same_word(word, wanted) for word in words)]
+        allowed = [wanted, *wanted.split(",")]
+        kept = [
+            run for run, words in zip(runs, shown, strict=True)
+            if any(same_word(word, one) for word in words for one in allowed)
+        ]  # fmt: skip
         if not kept:
             there = sorted({max(words, key=len) for words in shown}, key=natural)
             raise ConfigError(f"--where {key}={wanted}: no run has this value; there are {', '.join(there[:12])}")
@@ -201,7 +208,7 @@ def _some(key: str, known: Iterable[str], most: int = 24) -> str:
     names = list(known)
     near = [name for name in names if key and key in name] + get_close_matches(key, names, 6)
     shown = list(dict.fromkeys([*near, *names]))
-    return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")
+    return _first(shown, ", ", most)
 
 
 def natural(text: str) -> list[tuple[int, float, str]]:
@@ -229,17 +236,22 @@ def origins(runs: Sequence[Run]) -> list[str]:
     said = []
     commits = dict.fromkeys(str(run.environment.get("commit") or "unknown")[:7] for run in runs)
     if len(commits) > 1:
-        said.append(f"made by {len(commits)} commits ({', '.join(commits)})")
+        said.append(f"made by {len(commits)} commits ({_first(commits, ', ')})")
     versions: dict[str, dict[str, None]] = {}
     for run in runs:
         for name, version in (run.environment.get("versions") or {}).items():
             versions.setdefault(name, {})[str(version)] = None
     if apart := [f"{name} {', '.join(found)}" for name, found in versions.items() if len(found) > 1]:
-        said.append(f"with different versions ({'; '.join(apart)})")
+        said.append(f"with different versions ({_first(apart)})")
     processors = dict.fromkeys(processor_of(run) for run in runs)
     if len(processors) > 1:
-        said.append(f"on {len(processors)} processors ({'; '.join(processors)}), so latencies do not compare")
+        said.append(f"on {len(processors)} processors ({_first(processors)}), so latencies do not compare")
     return said
+
+
+def _first(names: Iterable[str], between: str = "; ", most: int = 4) -> str:
+    known = list(names)
+    return between.join(known[:most]) + (f" and {len(known) - most} more" if len(known) > most else "")
 
 
 def processor_of(run: Run) -> str:
