@@ -29,8 +29,9 @@ from qexp.quant.quantizer import Mode
 from qexp.report import terminal
 from qexp.sections import ConfigError, build
 from qexp.settings import Settings
-from qexp.store import TensorCache, replacing, run_id, writable
+from qexp.store import TensorCache, group_id, replacing, run_id, writable
 from qexp.tracking import RunInfo
+from qexp.tracking.histograms import histograms
 
 
 @dataclass
@@ -53,6 +54,7 @@ class Run:
     history: list[dict[str, float]] = field(default_factory=list)  # one row for each epoch of fine-tuning
     landscape: Landscape | None = None  # of flatness=true
     where: str = ""  # how to look at the logger's record
+    float_network: Path = Path()  # the folder of the cache that holds it
 
     @property
     def engine(self) -> dict[str, Any]:
@@ -78,7 +80,8 @@ def run(settings: Settings) -> Run:
     outputs = writable(Path(config["paths"]["outputs"]))
     writable(outputs / "runs")
     told = {**config, "machine": record.environment()}
-    info = RunInfo(identity, settings.label, settings.method, told, outputs)
+    group = f"{settings.label.removesuffix(f' s{settings.seed}')} {group_id(config)}"
+    info = RunInfo(identity, settings.label, settings.method, told, outputs, group)
     with build(config["logger"], "logger").open(info) as logger:
         terminal.show_progress(config["progress"])
         torch.set_num_threads(config["trainer"]["threads"])
@@ -127,6 +130,7 @@ def _float_network(settings: Settings, outputs: Path, logger: Any) -> Run:
         task = passes.evaluate(settings, data, net, update)
     sketches = caches.sketch_cache(cache, settings)
     job = Run(settings, data, net, flow, engines, task.logits, sketches, {"acc/fp32": passes.accuracy_of(task)})
+    job.float_network = cache.folder
     if engines:
         with terminal.stage("exporting the float network to ONNX"):
             try:
@@ -302,7 +306,8 @@ def _write(job: Run, logger: Any) -> None:
         if job.landscape is not None:
             job.landscape.write(folder)
     logger.metrics(job.metrics)
+    logger.curve("finetune/history", job.history)
     columns = list(record.LAYER_COLUMNS)
     logger.table("layers", columns, [[row.get(column) for column in columns] for row in job.rows])
-    for path in sorted(job.folder.glob("*.onnx")):
-        logger.file(path)
+    logger.histograms(histograms(job.quantized, job.sketches))
+    logger.models(sorted(job.folder.glob("*.onnx")), job.float_network)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from qexp.tracking import METRICS, Csv, NoLogger, RunInfo, Wandb
+from qexp.tracking.metrics import CURVES
 
 KEY = "0123456789abcdef" * 3
 CONFIG = {"seed": 3, "quantizer": {"weight": {"bits": 4}}, "machine": {"commit": "abc", "versions": {"torch": "2"}}}
@@ -28,12 +29,23 @@ def nobody(tmp_path, monkeypatch):
     for name in "home", "cwd":
         (tmp_path / name).mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path / "matplotlib"))  # as qexp.jobs does
     monkeypatch.chdir(tmp_path / "cwd")
 
 
 @pytest.fixture
 def info(tmp_path) -> RunInfo:
     return RunInfo("0123456789ab", "resnet8 W4A8", "ptq", CONFIG, tmp_path / "outputs")
+
+
+@pytest.fixture
+def float_network(info) -> Path:
+    """The folder of a float network in the cache."""
+    folder = info.outputs / "cache" / "float" / "feedbeef0123"
+    folder.mkdir(parents=True)
+    (folder / "tensors.pt").write_bytes(b"weights")
+    (folder / "cache.json").write_text("{}")
+    return folder
 
 
 def records(outputs: Path, run_id: str = "0123456789ab") -> dict[str, list[dict]]:
@@ -51,14 +63,14 @@ def summary(found: dict[str, list[dict]]) -> dict:
     return {name: value for record in found["summary"] for name, value in record.get("update", {}).items()}
 
 
-def test_the_whole_record_is_on_disk(info, tmp_path, monkeypatch):
+def test_the_whole_record_is_on_disk(info, float_network, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     onnx = tmp_path / "model_int8.onnx"
     onnx.write_bytes(b"graph")
     with Wandb(mode="offline", group="sweep-1", tags=["a"], artifacts=True).open(info) as logger:
         logger.metrics({"acc/fp32": 0.5, "sqnr/output_db": float("inf"), "status": "finished"})
         logger.table("layers", ["site", "sqnr_db"], [["stem.weight", float("inf")], ["head.weight", float("nan")]])
-        logger.file(onnx)
+        logger.models([onnx], float_network)
     found = records(info.outputs)
     (run,) = found["run"]
     config = run["config"]["update"]
@@ -68,10 +80,10 @@ def test_the_whole_record_is_on_disk(info, tmp_path, monkeypatch):
     assert not run.get("host")
     assert summary(found)["acc/fp32"] == 0.5
     assert summary(found)["status"] == "finished"
-    assert {record["name"] for record in found["metric"]} == set(METRICS)
+    assert {record["name"] for record in found["metric"]} == {*METRICS, *CURVES}
     assert found["exit"][-1].get("exit_code", 0) == 0
     files = [entry["path"] for record in found["artifact"] for entry in record["manifest"]["contents"]]
-    assert files == ["layers.table.json", "model_int8.onnx"]
+    assert files == ["layers.table.json", "cache.json", "tensors.pt", "model_int8.onnx"]
     (table,) = info.outputs.rglob("layers*.table.json")
     assert [row[0] for row in json.loads(table.read_text())["data"]] == ["stem.weight", "head.weight"]
     assert "stats" not in found
@@ -82,10 +94,10 @@ def test_the_whole_record_is_on_disk(info, tmp_path, monkeypatch):
         assert not list((tmp_path / folder).iterdir())
 
 
-def test_onnx_files_stay_out_of_the_record_unless_asked_for(info, tmp_path):
+def test_onnx_files_stay_out_of_the_record_unless_asked_for(info, float_network, tmp_path):
     (tmp_path / "model_int8.onnx").write_bytes(b"graph")
     with Wandb().open(info) as logger:
-        logger.file(tmp_path / "model_int8.onnx")
+        logger.models([tmp_path / "model_int8.onnx"], float_network)
     assert "artifact" not in records(info.outputs)
 
 
@@ -181,7 +193,7 @@ def test_csv_holds_the_numbers(info):
         with Csv().open(info) as logger:
             logger.metrics({"acc/fp32": value, "sqnr/output_db": float("inf"), "status": "finished"})
             logger.table("layers", [], [])
-            logger.file(Path("model_int8.onnx"))
+            logger.models([Path("model_int8.onnx")], Path())
     with (info.outputs / "csv" / info.run_id / "metrics.csv").open() as file:
         (row,) = csv.DictReader(file)
     assert float(row["acc/fp32"]) == 0.5

@@ -1,0 +1,32 @@
+"""The record of a whole sweep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qexp.sections import build
+from qexp.tracking.loggers import RunInfo
+
+
+def summarise_sweep(
+    section: dict[str, Any], outputs: Path, sweep_id: str, title: str, columns: list[str], rows: list[list[Any]],
+    figure: Any = None, config: dict[str, Any] | None = None, failed: int = 0,
+) -> str:  # fmt: skip
+    """Record the comparison of a sweep's runs as one more run, `sweep-<sweep_id>`; a repeated one takes its place.
+
+    `section` is the logger's config, `figure` one of matplotlib, such as the Pareto front, `failed` the number of runs
+    that failed. Returns how to look at it; "" where the logger keeps nothing of a sweep. Errors: those of the logger.
+    """
+    logger = build(section, "logger")
+    if not logger.summarises:
+        return ""
+    info = RunInfo(f"sweep-{sweep_id}", title, "sweep", config or {}, outputs)
+    with logger.open(info) as record:
+        record.table("sweep/runs", columns, rows)
+        if figure is not None:
+            record.figure("sweep/pareto", figure)
+        record.metrics({"sweep/runs_finished": len(rows) - failed, "sweep/runs_failed": failed})
+        told = f"{len(rows) - failed} of {len(rows)} runs finished"
+        record.alert(f"{title}: {'failed' if failed else 'finished'}", told, failure=failed > 0)
+    return record.where
