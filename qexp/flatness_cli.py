@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from qexp.jobs import Job, compose_jobs, is_sweep, require_places, require_ready, start_hydra, swept_of
+from qexp.composing import start_hydra, swept_of
+from qexp.jobs import Job, compose_call, require_places, require_ready
+from qexp.launch.in_process import InProcess
 from qexp.levels_cli import require_drawable, require_matplotlib
+from qexp.report.board import Board
 from qexp.sections import ConfigError
-from qexp.store import StoreError, read_metrics, run_id
+from qexp.store import StoreError, run_folder
 
 USAGE = """\
 qexp flatness: how flat the minima of float training, PTQ and QAT are, as a table and figures
@@ -55,7 +58,7 @@ def main(arguments: list[str]) -> int:
     require_drawable(path, f"--output={path}" if given.output else "paths.outputs")
     require_places(every)
     require_matplotlib()
-    _run([job for job in every if _finished(job) is None])
+    _run([job for job in every if job.finished() is None])
     _show(jobs, path)
     return 0
 
@@ -101,18 +104,14 @@ def _jobs(overrides: list[str], seeds: int, config_dir: str | None) -> dict[str,
 
 
 def _job(overrides: list[str], config_dir: str | None) -> Job:
-    jobs = compose_jobs(overrides, multirun=False, config_dir=config_dir)
-    if is_sweep(jobs):
-        raise ConfigError(f"a sweep of {len(jobs)} choices, but qexp flatness looks at one at a time")
-    return jobs[0]
-
-
-def _outputs(job: Job) -> Path:
-    return Path(job.settings.config["paths"]["outputs"])
+    call = compose_call(overrides, multirun=False, config_dir=config_dir)
+    if call.is_sweep:
+        raise ConfigError(f"a sweep of {len(call.jobs)} choices, but qexp flatness looks at one at a time")
+    return call.jobs[0]
 
 
 def _folder(job: Job) -> Path:
-    return _outputs(job) / "runs" / run_id(job.settings.config)
+    return run_folder(job.outputs, job.run_id)
 
 
 def _title(job: Job) -> str:
@@ -123,26 +122,17 @@ def _title(job: Job) -> str:
 
 def _default_path(job: Job) -> Path:
     name = re.sub(r"[^A-Za-z0-9_.+-]+", "-", f"{_title(job)} s{job.settings.seed}")
-    return _outputs(job) / "flatness" / f"{name}.png"
-
-
-def _finished(job: Job) -> dict[str, Any] | None:
-    """The metrics of a run that is there and whose flatness was measured."""
-    metrics, folder = read_metrics(_folder(job)), _folder(job)
-    whole = metrics is not None and "flat/loss" in metrics and all((folder / file).exists() for file in FILES)
-    return metrics if whole else None
+    return job.outputs / "flatness" / f"{name}.png"
 
 
 def _run(jobs: list[Job]) -> None:
     if not jobs:
         return
-    from qexp.report import terminal
-    from qexp.run import run
-
     require_ready(jobs)
-    for number, job in enumerate(jobs, 1):
-        terminal.console.print(f"[bold]run {number} of {len(jobs)}[/bold]  {job.settings.label}")
-        terminal.where(run(job.settings))
+    with Board(jobs) as board:
+        InProcess(keep_going=False).launch(jobs, board, patient=True)
+    for sentence in board.failed.values():
+        raise ValueError(sentence)
 
 
 def _show(jobs: dict[str, list[Job]], path: Path) -> None:
@@ -153,7 +143,7 @@ def _show(jobs: dict[str, list[Job]], path: Path) -> None:
     first, seeds = jobs["float"][0], [job.settings.seed for job in jobs["float"]]
     title = _title(first)
     over = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}, mean ± 95 % t-interval"
-    metrics = {name: [_finished(job) for job in of_one] for name, of_one in jobs.items()}
+    metrics = {name: [job.finished() for job in of_one] for name, of_one in jobs.items()}
     output.print(flatness_table(metrics, f"{title}\n{over}"))
     read = {name: landscape.read_curve(_folder(of_one[0]) / FILES[0]) for name, of_one in jobs.items()}
     planes = {name: landscape.read_plane(_folder(of_one[0]) / FILES[1]) for name, of_one in jobs.items()}

@@ -1,84 +1,165 @@
-"""Composes and checks every job of a call before the first one starts; what Hydra refuses becomes one sentence."""
+"""Every job of a call, composed and checked before the first one starts."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
-import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hydra import compose
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra._internal.hydra import Hydra
-from hydra._internal.utils import create_config_search_path
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.object_type import ObjectType
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, QuotedString
-from hydra.errors import HydraException
+from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
-from hydra.version import setbase
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
+from qexp.composing import Composer, composed, parsed, start_hydra
 from qexp.sections import ConfigError, build
 from qexp.settings import Settings, require_packages, settings
-from qexp.store import writable
+from qexp.store import finished, run_id, writable
 
-NO_PAIR = "must be KEY=VALUE; qexp --help shows the keys"
-# How Hydra and OmegaConf say it, the most exact first.
-NO_SUCH_KEY = (
-    r"is not in struct\s+full_key: (\S+)",
-    r"Could not override '([^']+)'\.\nTo append",
-    r"Key '([^']+)' is not in struct",
-)
+# What a call as a whole decides; the other keys of Hydra have no effect here and are refused.
+OF_THE_CALL = ("hydra/launcher", "hydra/sweeper", "hydra.launcher.", "hydra.sweeper.", "hydra.mode")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a call: what was chosen on the command line for it, and its settings."""
+    """One run of a call: what was chosen on the command line for it, its settings, and what they are composed of."""
 
     choice: dict[str, str]
     settings: Settings
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def run_id(self) -> str:
+        """Its identity."""
+        return run_id(self.settings.config)
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What its cost depends on most."""
+        config, plan = self.settings.config, self.settings.finetune
+        return self.settings.method, config["model"]["_target_"], plan.epochs if plan else 0, config["flatness"]
+
+    @property
+    def outputs(self) -> Path:
+        """The folder below which everything it leaves is."""
+        return Path(self.settings.config["paths"]["outputs"])
+
+    def finished(self) -> dict[str, Any] | None:
+        """The metrics of its result, where there is one. Errors: StoreError for a damaged record."""
+        return finished(self.outputs, self.run_id)
 
 
-def conf_dir() -> str:
-    """The folder of the configs: inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parent
-    inside = package / "conf"
-    return str(inside if inside.is_dir() else package.parent / "conf")
+@dataclass(frozen=True)
+class Call:
+    """What one command line asks for."""
+
+    jobs: list[Job]
+    is_sweep: bool = False
+    experiment: str | None = None  # the one that was chosen
+    hydra: DictConfig = field(default_factory=OmegaConf.create)  # with the sections launcher and sweeper
+    master: DictConfig | None = None  # the whole config of the call, which launchers of others compose jobs from
+    fixed: tuple[str, ...] = ()  # overrides that hold for every job
+
+
+def compose_call(overrides: list[str], multirun: bool, config_dir: str | None = None) -> Call:
+    """Compose and check every job of a call. Errors: ConfigError."""
+    start_hydra(config_dir)
+    given = parsed(overrides)
+    _refuse_without_effect(given)
+    fixed = [str(override.input_line) for override in given if not override.is_sweep_override()]
+    varied = [override for override in given if override.is_sweep_override()]
+    first = composed(fixed, return_hydra_config=True)
+    if not multirun and first.hydra.mode != RunMode.MULTIRUN:
+        if varied:
+            raise ConfigError(f"{varied[0].input_line}: several values are a sweep, which needs -m (--multirun)")
+        config = OmegaConf.masked_copy(first, [key for key in first if key != "hydra"])
+        return Call([Job({}, settings(config), tuple(fixed))])
+    of_jobs = [override for override in given if not _is_of_the_call(override)]
+    experiments = [override for override in varied if override.get_key_element() == "experiment"]
+    if not experiments:
+        jobs = _expanded(first, of_jobs)
+    else:  # each brings a grid of its own
+        jobs, others = [], [override for override in of_jobs if override not in experiments]
+        for name in experiments[-1].sweep_string_iterator():
+            own = composed([*fixed, f"experiment={name}"], return_hydra_config=True)
+            if own.hydra.launcher != first.hydra.launcher:
+                raise ConfigError(f"experiment={name}: has a launcher of its own; choose one for all (hydra/launcher=)")
+            jobs += _expanded(own, [*parsed([f"experiment={name}"]), *others], {"experiment": name})
+    chosen = None if experiments else first.hydra.runtime.choices.get("experiment")
+    kept = tuple(str(override.input_line) for override in of_jobs if override not in varied)
+    return Call(jobs, True, chosen, first.hydra, first, kept)
 
 
 def compose_jobs(overrides: list[str], multirun: bool, config_dir: str | None = None) -> list[Job]:
-    """Every job of a call, composed and checked. Errors: ConfigError."""
-    start_hydra(config_dir)
-    parsed, swept = _parsed(overrides), swept_of(overrides)
-    first = composed([text for text in overrides if text not in swept], return_hydra_config=True)
-    if not multirun and first.hydra.mode != RunMode.MULTIRUN:
-        if swept:
-            raise ConfigError(f"{swept[0]}: several values are a sweep, which needs -m (--multirun)")
-        return [Job({}, settings(OmegaConf.masked_copy(first, [key for key in first if key != "hydra"])))]
-    grid = _parsed([f"{key}={value}" for key, value in (first.hydra.sweeper.params or {}).items()]) + parsed
-    last = {override.get_key_element(): override for override in grid}  # which wins
+    """The jobs of `compose_call`. Errors: ConfigError."""
+    return compose_call(overrides, multirun, config_dir).jobs
+
+
+def _is_of_the_call(override: Override) -> bool:
+    return override.get_key_element().lstrip("+~").startswith(OF_THE_CALL)
+
+
+def _refuse_without_effect(given: list[Override]) -> None:
+    for override in given:
+        key = override.get_key_element().lstrip("+~")
+        if key.startswith(("hydra.", "hydra/")) and not key.startswith(OF_THE_CALL):
+            raise ConfigError(
+                f"{override.input_line}: has no effect here; of Hydra's own keys there are hydra/launcher, "
+                "hydra/sweeper and those below hydra.launcher and hydra.sweeper (paths.outputs says where results go)"
+            )
+        if key in ("hydra/launcher", "hydra/sweeper") and override.is_sweep_override():
+            raise ConfigError(f"{override.input_line}: a sweep has one")
+
+
+def _expanded(first: DictConfig, overrides: list[Override], more: dict[str, str] | None = None) -> list[Job]:
+    """The grid of an experiment file and of the command line, which wins: every combination of what is varied.
+
+    Keys named in hydra.sweeper.together vary as one: the first values of each, the second ones, and so on.
+    """
+    params = [f"{key}={value}" for key, value in (first.hydra.sweeper.get("params") or {}).items()]
+    last = {override.get_key_element(): override for override in [*parsed(params), *overrides]}
+    values = {key: _values(override) for key, override in last.items()}
     varied = {key for key, override in last.items() if override.is_sweep_override()}
-    try:
-        (lines,) = BasicSweeper.split_arguments(grid, max_batch_size=None)
-    except HydraException as error:
-        raise ConfigError(explained(error)) from None
-    if "experiment" in varied:
-        _refuse_nested(last["experiment"])
-    return [Job(_choice(line, varied), settings(composed(list(line)))) for line in lines]
+    composer, made, jobs = Composer(), {}, []
+    for combination in itertools.product(*_axes(values, varied, first.hydra.sweeper.get("together"))):
+        line = {key: value for part in combination for key, value in part.items()}
+        texts = [f"{key}={line[key]}" for key in values]  # in the order in which they were given
+        choice = (more or {}) | {key: line[key] for key in values if key in varied}
+        jobs.append(Job(choice, settings(composer.compose(texts), made), tuple(texts)))
+    return jobs
 
 
-def _refuse_nested(chosen: Override) -> None:
-    """Hydra would run each experiment once and forget the sweep inside it."""
-    for name in chosen.sweep_string_iterator():
-        if composed([f"experiment={name}"], return_hydra_config=True).hydra.sweeper.params:
-            raise ConfigError(f"experiment={name}: is a sweep of its own; run one such experiment at a time")
+def _values(override: Override) -> list[str]:
+    if not override.is_sweep_override():
+        return [override.get_value_element_as_str()]
+    if not override.is_discrete_sweep():
+        raise ConfigError(f"{override.input_line}: has no list of values; hydra/sweeper=optuna searches intervals")
+    return list(override.sweep_string_iterator())
+
+
+def _axes(values: dict[str, list[str]], varied: set[str], together: Any) -> list[list[dict[str, str]]]:
+    """One axis for each key, or for all keys of a group that vary together. Errors: ConfigError."""
+    groups = [list(keys) for keys in together or []]
+    told = f"hydra.sweeper.together={groups}"
+    for keys in groups:
+        if unknown := [key for key in keys if key not in varied]:
+            raise ConfigError(f"{told}: {unknown[0]} has no list of values; those that have are {_listed(varied)}")
+        if len({len(values[key]) for key in keys}) != 1:
+            counts = ", ".join(f"{key} has {len(values[key])}" for key in keys)
+            raise ConfigError(f"{told}: keys that vary together need equally many values, but {counts}")
+    named = [key for keys in groups for key in keys]
+    if len(named) != len(set(named)):
+        raise ConfigError(f"{told}: a key can vary together with one group only")
+    group_of = {key: keys for keys in groups for key in keys}
+    axes = [group_of.get(key, [key]) for key in values if key == group_of.get(key, [key])[0]]
+    return [[dict(zip(keys, row, strict=True)) for row in zip(*map(values.get, keys), strict=True)] for keys in axes]
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(sorted(names)) or "none"
 
 
 def require_places(jobs: list[Job]) -> None:
@@ -88,10 +169,10 @@ def require_places(jobs: list[Job]) -> None:
     """
     for job in jobs:
         require_packages(job.settings)
-    for outputs in dict.fromkeys(job.settings.config["paths"]["outputs"] for job in jobs):
-        writable(Path(outputs))
+    for outputs in dict.fromkeys(job.outputs for job in jobs):
+        writable(outputs)
         # A library imports matplotlib where it is installed, which makes folders in the home directory.
-        os.environ.setdefault("MPLCONFIGDIR", str(Path(outputs).resolve() / "cache" / "matplotlib"))
+        os.environ.setdefault("MPLCONFIGDIR", str(outputs.resolve() / "cache" / "matplotlib"))
     for section in {str(job.settings.config["logger"]): job.settings.config["logger"] for job in jobs}.values():
         try:
             build(section, "logger").check()
@@ -112,93 +193,3 @@ def silence_libraries() -> None:
     """After Lightning's import, which sets its own level: its tips are not what the user asked for."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-
-
-def start_hydra(config_dir: str | None) -> None:
-    """Let Hydra look into qexp's configs and the user's folder. Errors: ConfigError."""
-    path = create_config_search_path(conf_dir())
-    if config_dir is not None:
-        if not config_dir or not Path(config_dir).is_dir():
-            raise ConfigError(f"--config-dir={config_dir}: no such folder")
-        path.prepend("command-line", f"file://{Path(config_dir).resolve()}", anchor="schema")
-    setbase("1.3")
-    GlobalHydra.instance().clear()
-    Hydra.create_main_hydra2("qexp", path)
-
-
-def is_sweep(jobs: list[Job]) -> bool:
-    """Whether the jobs come from a grid."""
-    return any(job.choice for job in jobs) or len(jobs) > 1
-
-
-def _parsed(overrides: list[str]) -> list[Override]:
-    """The overrides in Hydra's grammar. Errors: ConfigError for what it cannot read, and for deletions."""
-    parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-    found = []
-    for text in overrides:
-        try:
-            found += parser.parse_overrides([text])
-        except HydraException as error:
-            why = f"cannot be read ({str(error).splitlines()[0]})" if "=" in text else NO_PAIR
-            raise ConfigError(f"{text}: {why}") from None
-        if found[-1].is_delete():
-            raise ConfigError(f"{text}: a key cannot be deleted; give it another value")
-        if text.startswith("="):
-            raise ConfigError(f"{text}: {NO_PAIR}")
-    return found
-
-
-def swept_of(overrides: list[str]) -> list[str]:
-    """Those that hold several values."""
-    return [str(override.input_line) for override in _parsed(overrides) if override.is_sweep_override()]
-
-
-def composed(overrides: list[str], **options: Any) -> DictConfig:
-    """The config that these overrides make. Errors: ConfigError."""
-    try:
-        return compose("config", overrides=overrides, **options)
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(explained(error, [text for text in overrides if "." not in text.partition("=")[0]])) from None
-    except ValueError as error:  # how Hydra says that a group is set to null or to a number
-        for override in _parsed(overrides):
-            names = _options(override.key_or_group)
-            if names and not isinstance(override.value(), (str, list, QuotedString)):
-                raise ConfigError(f"{override.input_line}: no such option; allowed are {', '.join(names)}") from None
-        raise ConfigError(str(error)) from None
-
-
-def _choice(line: list[str], varied: set[str]) -> dict[str, str]:
-    pairs = [override.partition("=") for override in line]
-    return {key: value for key, _, value in pairs if key in varied}
-
-
-def explained(error: Exception, choices: list[str] | None = None) -> str:
-    """One sentence of one of Hydra's pages; `choices` are the options of groups, which decide what keys there are."""
-    text = str(error)
-    missing = re.search(r"Could not find '((?:hydra/)?[^'/]+)/([^']*)'", text)
-    if missing:
-        return f"{missing[1]}={missing[2]}: no such option; allowed are {', '.join(_options(missing[1]))}"
-    found = [re.search(pattern, f"{text}\n{error.__cause__}") for pattern in NO_SUCH_KEY]
-    if unknown := next(filter(None, found), None):
-        return f"{unknown[1]}: no such key{_siblings(unknown[1], choices or [])}"
-    if error.__cause__ is not None:  # which says what Hydra met, after Hydra has said where
-        text = f"{text} ({str(error.__cause__).splitlines()[0]})"
-    return re.sub(r"\s+", " ", re.split(r"See https|Config search path", text)[0]).strip()
-
-
-def _options(group: str) -> list[str]:
-    """The choices of a group; experiment/wu2020 is a group in a group."""
-    found = GlobalHydra.instance().config_loader().get_group_options
-    groups = found(group, ObjectType.GROUP) if group == "experiment" else []  # finetune/base is what others build on
-    below = [f"{name}/{option}" for name in groups for option in found(f"{group}/{name}")]
-    return [*found(group), *below]
-
-
-def _siblings(key: str, choices: list[str]) -> str:
-    try:
-        node: Any = compose("config", overrides=choices)
-    except (HydraException, OmegaConfBaseException, ValueError):  # which is another mistake
-        node = compose("config")
-    for name in key.split(".")[:-1]:
-        node = node.get(name) if isinstance(node, DictConfig) else None
-    return f"; allowed are {', '.join(map(str, node))}" if isinstance(node, DictConfig) else ""

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from qexp.jobs import compose_jobs, is_sweep, start_hydra, swept_of
+from qexp.composing import start_hydra, swept_of
+from qexp.jobs import compose_call
 from qexp.quant.recipe import Recipe
 from qexp.sections import ConfigError
 from qexp.settings import Settings
@@ -71,10 +72,10 @@ def _chosen(overrides: list[str], config_dir: str | None) -> Settings:
     start_hydra(config_dir)
     if swept := swept_of(overrides):
         raise ConfigError(f"{swept[0]}: several values, but qexp levels shows one choice at a time")
-    jobs = compose_jobs(overrides, multirun=False, config_dir=config_dir)
-    if is_sweep(jobs):
-        raise ConfigError(f"a sweep of {len(jobs)} choices, but qexp levels shows one at a time")
-    return jobs[0].settings
+    call = compose_call(overrides, multirun=False, config_dir=config_dir)
+    if call.is_sweep:
+        raise ConfigError(f"a sweep of {len(call.jobs)} choices, but qexp levels shows one at a time")
+    return call.jobs[0].settings
 
 
 def _default_path(chosen: Settings) -> Path:

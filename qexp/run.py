@@ -129,7 +129,8 @@ def _float_network(settings: Settings, outputs: Path, logger: Any) -> Run:
     with terminal.stage("evaluating the float network") as update:
         task = passes.evaluate(settings, data, net, update)
     sketches = caches.sketch_cache(cache, settings)
-    job = Run(settings, data, net, flow, engines, task.logits, sketches, {"acc/fp32": passes.accuracy_of(task)})
+    metrics = {"acc/fp32": passes.accuracy_of(task), "data/test_samples": len(task.logits)}
+    job = Run(settings, data, net, flow, engines, task.logits, sketches, metrics)
     job.float_network = cache.folder
     if engines:
         with terminal.stage("exporting the float network to ONNX"):

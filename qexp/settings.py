@@ -61,7 +61,7 @@ OPTIONAL = [
     ("calibration", "logits", None), ("engine", "required", False), ("trainer", "devices", 1),
     ("trainer", "precision", "32-true"),
 ]  # fmt: skip
-OPTIONAL_KEYS = {"compiled": False, "flatness": False}  # the same for keys without a section
+OPTIONAL_KEYS = {"compiled": False, "flatness": False, "store": "resume"}  # the same for keys without a section
 # Every section with the keys it may hold; None: the keys are those of its _target_.
 SECTIONS: dict[str, tuple[str, ...] | None] = {
     "method": ("name",),
@@ -82,6 +82,7 @@ SECTIONS: dict[str, tuple[str, ...] | None] = {
     "compiled": (),
     "flatness": (),
     "progress": (),
+    "store": (),
 }
 # What is done to a trained float network before it is quantized, and what a config may leave out, too.
 PREPARED = {"channel_spread": 0, "fold_batchnorm": True}
@@ -94,6 +95,7 @@ CHOICES = {
     "compiled": (True, False),
     "flatness": (True, False),
     "progress": ("auto", True, False),
+    "store": ("resume", "rerun"),
     "engine.required": (True, False),
 }
 # key -> (type, smallest allowed value, whether that value itself is allowed)
@@ -125,8 +127,12 @@ MOST = {"seed": 2**32 - 1, "channel_spread": 16} | dict.fromkeys(
 )
 
 
-def settings(config: DictConfig) -> Settings:
-    """Check a composed config. Errors: ConfigError, one sentence."""
+def settings(config: DictConfig, made: dict[str, Any] | None = None) -> Settings:
+    """Check a composed config. Errors: ConfigError, one sentence.
+
+    `made` keeps what sections have become, for the jobs of a sweep that share them.
+    """
+    made = {} if made is None else made
     try:
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
@@ -150,9 +156,9 @@ def settings(config: DictConfig) -> Settings:
             raise ConfigError(f"{key}={_lookup(plain, key)}: must be at most {most}")
     _refuse_what_does_not_combine(plain)
     _refuse_devices(plain)
-    _check_targets(plain)
+    _check_targets(plain, made)
     _check_own_options(plain)
-    recipe = _recipe(plain)
+    recipe = _recipe(plain, made)
     _refuse_formats_that_no_engine_runs(plain, recipe)
     grid = recipe.weight.grid
     if plain["flatness"] and not isinstance(grid, IntegerGrid):
@@ -190,7 +196,7 @@ def _refuse_what_does_not_combine(plain: dict[str, Any]) -> None:
         )
 
 
-def _check_targets(plain: dict[str, Any]) -> None:
+def _check_targets(plain: dict[str, Any], made: dict[str, Any]) -> None:
     """The form of what only torch can build, and the logger, which needs no torch."""
     for key in "model", "data":
         check_target(plain[key], key)
@@ -199,7 +205,7 @@ def _check_targets(plain: dict[str, Any]) -> None:
         raise ConfigError(f"engine.engines={engines!r}: must hold one section for each engine")
     for name, section in engines.items():
         check_target(section, f"engine.engines.{name}")
-    build(plain["logger"], "logger")
+    _once(plain["logger"], "logger", made)
 
 
 def _check_own_options(plain: dict[str, Any]) -> None:
@@ -234,8 +240,8 @@ def _own(check: Callable[..., object], *arguments: Any) -> None:
         raise ConfigError(str(error)) from None
 
 
-def _recipe(plain: dict[str, Any]) -> Recipe:
-    schemes = {tensor: _scheme(plain, tensor) for tensor in ("weight", "activation")}
+def _recipe(plain: dict[str, Any], made: dict[str, Any]) -> Recipe:
+    schemes = {tensor: _scheme(plain, tensor, made) for tensor in ("weight", "activation")}
     logits = plain["calibration"]["logits"]
     exclude = plain["quantizer"]["exclude"]
     if not isinstance(exclude, list) or not all(isinstance(name, str) for name in exclude):
@@ -244,19 +250,19 @@ def _recipe(plain: dict[str, Any]) -> Recipe:
         return Recipe(
             **schemes,
             exclude=tuple(exclude),
-            logits=None if logits is None else _built(plain, "calibration", "logits", Calibration),
+            logits=None if logits is None else _built(plain, "calibration", "logits", Calibration, made),
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
 
-def _scheme(plain: dict[str, Any], tensor: str) -> Scheme:
+def _scheme(plain: dict[str, Any], tensor: str, made: dict[str, Any]) -> Scheme:
     """One column of the four groups that describe a tensor."""
     scheme = Scheme(
-        _built(plain, "quantizer", tensor, Grid),
-        _built(plain, "granularity", tensor, Granularity),
-        _built(plain, "calibration", tensor, Calibration),
-        _built(plain, "rounding", tensor, Rounding),
+        _built(plain, "quantizer", tensor, Grid, made),
+        _built(plain, "granularity", tensor, Granularity, made),
+        _built(plain, "calibration", tensor, Calibration, made),
+        _built(plain, "rounding", tensor, Rounding, made),
     )
     if isinstance(scheme.grid, Levels):  # what a file says belongs to the identity of a run
         plain["quantizer"][tensor] |= {"values": list(scheme.grid.values), "thresholds": scheme.grid.thresholds}
@@ -265,12 +271,20 @@ def _scheme(plain: dict[str, Any], tensor: str) -> Scheme:
     return scheme
 
 
-def _built(plain: dict[str, Any], group: str, tensor: str, kind: type) -> Any:
-    made = build(plain[group][tensor], f"{group}.{tensor}")
-    if not isinstance(made, kind):
+def _built(plain: dict[str, Any], group: str, tensor: str, kind: type, made: dict[str, Any]) -> Any:
+    value = _once(plain[group][tensor], f"{group}.{tensor}", made)
+    if not isinstance(value, kind):
         target = plain[group][tensor]["_target_"]
-        raise ConfigError(f"{group}.{tensor}._target_={target}: must be a {kind.__name__}, not {type(made).__name__}")
-    return made
+        raise ConfigError(f"{group}.{tensor}._target_={target}: must be a {kind.__name__}, not {type(value).__name__}")
+    return value
+
+
+def _once(section: dict[str, Any], key: str, made: dict[str, Any]) -> Any:
+    """What a section describes, which other jobs of the sweep may have asked for before."""
+    told = f"{key}={section}"
+    if told not in made:
+        made[told] = build(section, key)
+    return made[told]
 
 
 def _check_keys(plain: dict[str, Any]) -> None:

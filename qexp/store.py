@@ -1,4 +1,8 @@
-"""What stays on disk: run identity, atomic results, the cache of float networks."""
+"""What stays on disk: run identity, atomic results, failures, the cache of float networks.
+
+Below paths.outputs: runs/<run_id> is a result, failed/<run_id>.json what went wrong at the last attempt,
+logs/<run_id>.txt what that attempt said, sweeps/<sweep_id> a sweep, cache/ what is made once, .unfinished/ the rest.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-# Where a run writes, how it is logged, what it prints and how fast it is do not change its result.
-NOT_IDENTITY = ("paths", "logger", "progress", "compiled")
+# Where a run writes, how it is logged, what it prints, how fast it is and whether it is made again do not change its
+# result.
+NOT_IDENTITY = ("paths", "logger", "progress", "compiled", "store")
 
 
 class StoreError(Exception):
@@ -100,10 +105,82 @@ def _remove(*folders: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def running(outputs: Path, identity: str, patient: bool = True) -> Iterator[bool]:
+    """Be the only process that is at this run; yields whether that is so, which it always is after patience.
+
+    The system drops the lock of a process however it ends.
+    """
+    lock = FileLock(writable(outputs / ".unfinished") / f"{identity}.running")
+    try:
+        lock.acquire(timeout=-1 if patient else 0)
+    except Timeout:
+        yield False
+        return
+    except (OSError, NotImplementedError) as error:
+        why = "its file system has no locks" if isinstance(error, NotImplementedError) else error.strerror or error
+        raise StoreError(f"paths.outputs: cannot lock {lock.lock_file}: {why}") from None
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def run_folder(outputs: Path, identity: str) -> Path:
+    """Where the result of a run is."""
+    return outputs / "runs" / identity
+
+
+def log_file(outputs: Path, identity: str) -> Path:
+    """What the last attempt at a run has said."""
+    return outputs / "logs" / f"{identity}.txt"
+
+
+def finished(outputs: Path, identity: str) -> dict | None:
+    """The metrics of a run that is there, whole; None where it is not. Errors: StoreError for a damaged record."""
+    return read_metrics(run_folder(outputs, identity))
+
+
+def record_failure(outputs: Path, identity: str, label: str, sentence: str) -> None:
+    """Keep what went wrong until the next attempt."""
+    failed = {"run_id": identity, "label": label, "sentence": sentence, "log": str(log_file(outputs, identity))}
+    replace_text(_failure(outputs, identity), json.dumps(failed, indent=2) + "\n")
+
+
+def failure(outputs: Path, identity: str) -> str | None:
+    """The sentence of the last attempt, where it failed."""
+    path = _failure(outputs, identity)
+    return json.loads(path.read_text())["sentence"] if path.exists() else None
+
+
+def forget_failure(outputs: Path, identity: str) -> None:
+    """Before a new attempt."""
+    _failure(outputs, identity).unlink(missing_ok=True)
+
+
+def _failure(outputs: Path, identity: str) -> Path:
+    return outputs / "failed" / f"{identity}.json"
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all. Errors: StoreError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            file.write(text)
+        os.replace(file.name, path)
+    except OSError as error:
+        raise StoreError(f"paths.outputs: cannot write {path}: {error.strerror or error}") from None
+
+
 def read_metrics(run_folder: Path) -> dict | None:
-    """The metrics of a finished run, or None where there is none."""
+    """The metrics of a finished run, or None where there is none. Errors: StoreError for a damaged file."""
     path = run_folder / "metrics.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except (OSError, ValueError) as error:
+        why = f"{path} is damaged ({str(error).splitlines()[0]})"
+        raise StoreError(f"{why}; delete {run_folder} to make the run again") from None
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from qexp.jobs import compose_jobs, conf_dir
+from qexp.composing import conf_dir
+from qexp.jobs import compose_jobs
 from qexp.quant.convert import calibrating, quantize_
 from qexp.quant.quantizer import Mode, Quantizer
 from qexp.quant.recipe import Recipe, Scheme

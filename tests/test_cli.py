@@ -16,6 +16,7 @@ from qexp import cli
 from qexp.tasks.fp32 import Float32Task
 
 ROOT = Path(__file__).parents[1]
+HERE = "hydra/launcher=in_process"
 FAST = ["trainer.epochs=1", "engine.seconds=0.05", "engine=none", "logger=none"]
 
 
@@ -114,34 +115,42 @@ def test_a_users_network_from_the_current_folder_by_a_config_of_their_own(qexp, 
     code, out, err = qexp("--config-dir", "mine", "model=small", *FAST)
     assert code == 0, err
     assert "net W8A8 per_channel minmax s0" in out
-    code, out, err = qexp("-m", "--config-dir=mine", "model=small", "seed=0,1", *FAST)
+    code, out, err = qexp("-m", "--config-dir=mine", "model=small", "seed=0,1", *FAST, HERE)
     assert code == 0, err
     assert "2 runs" in out
 
 
 def test_a_sweep_goes_on_after_a_failure_and_says_so(qexp, folder):
-    words = ["seed=0,0,1", "trainer.lr=0.03,1e30", *FAST, "-m"]
+    words = ["seed=0,0,1", "trainer.lr=0.03,1e30", *FAST, HERE, "-m"]
     code, out, err = qexp(*words)
     assert code == 1
     assert "6 runs" in out
     assert "formats of weights and activations: int8 restricted, uint8 affine\n" in out
-    assert err.count("training diverged: the loss is nan") == 2  # the doubled seed ran once
-    assert re.search(r"qexp: 3 of 6 runs failed: \w{12}, \w{12}$", err.strip())
+    assert err.count("training diverged: the loss is nan") == 4  # the doubled seed ran once; each is told again below
+    assert err.strip().endswith("qexp: 2 of 4 runs failed; the same command tries them again")
     assert len(list(folder.glob("outputs/runs/*/metrics.json"))) == 2
     assert "Traceback" not in err
 
 
-def test_a_result_from_before_does_not_hide_a_failure(qexp, folder, monkeypatch):
-    assert qexp(*FAST, "-m", "seed=0,1")[0] == 0
+def test_what_is_finished_is_found_and_made_again_where_that_is_asked(qexp, folder, monkeypatch):
+    assert qexp(*FAST, HERE, "-m", "seed=0,1")[0] == 0
 
     def fail(*_):
         raise ZeroDivisionError("a defect")
 
     monkeypatch.setattr("qexp.run._quantize", fail)
-    code, _, err = qexp(*FAST, "-m", "seed=0,1")
+    code, out, err = qexp(*FAST, HERE, "-m", "seed=0,1")
+    assert (code, "2 runs" in out, "2 of 2 runs were finished before" in err) == (0, True, True)
+    code, out, err = qexp(*FAST, "seed=1")
+    assert (code, "finished before; store=rerun makes it again" in err) == (0, True)
+    assert "resnet8 W8A8 per_channel minmax s1" in out
+    code, out, err = qexp(*FAST, HERE, "-m", "seed=0,1", "store=rerun")
     assert code == 1
-    assert "ZeroDivisionError: a defect (QEXP_TRACEBACK=1 shows where this happened)" in err
+    assert "ZeroDivisionError: a defect (its log: outputs/logs/" in err
     assert "qexp: 2 of 2 runs failed" in err
+    assert out.count("failed") == 2  # results from before do not hide it
+    for log in folder.glob("outputs/logs/*.txt"):
+        assert "raise ZeroDivisionError" in log.read_text()
 
 
 @pytest.mark.parametrize("words", [[], ["-m", "seed=0,1"]], ids=["run", "sweep"])
@@ -154,14 +163,14 @@ def test_a_missing_key_is_refused_before_anything_runs(qexp, folder, monkeypatch
     assert not list(folder.rglob("wandb"))
 
 
-def test_the_runs_of_a_sweep_are_runs_of_their_own_in_one_group(qexp, folder, monkeypatch):
+def test_the_runs_of_a_sweep_carry_its_tag(qexp, folder, monkeypatch):
     opened = []
 
     class Spy:
         lightning, where = False, ""
 
         def open(self, info):
-            opened.append((info.run_id, info.config["logger"]["group"]))
+            opened.append((info.run_id, info.config["logger"]["tags"]))
             raise RuntimeError("enough")
 
     from qexp import settings
@@ -169,16 +178,11 @@ def test_the_runs_of_a_sweep_are_runs_of_their_own_in_one_group(qexp, folder, mo
     build = settings.build
     monkeypatch.setattr("qexp.run.build", lambda section, key: Spy() if key == "logger" else build(section, key))
     wandb = [word for word in FAST if word != "logger=none"]
-    qexp("-m", *wandb, "seed=0,1", "quantizer=int8,int4", "calibration=minmax,mse")
+    qexp("-m", *wandb, HERE, "seed=0,1", "quantizer=int8,int4", "calibration=minmax,mse", "logger.tags=[mine]")
     assert len({identity for identity, _ in opened}) == 8
-    ((group,),) = [{group for _, group in opened}]
-    assert group.startswith("sweep-")
-    opened.clear()
-    qexp("-m", *wandb, "seed=0,1", "logger.group=mine")
-    assert [group for _, group in opened] == ["mine", "mine"]
-    opened.clear()
-    qexp(*wandb)
-    assert [group for _, group in opened] == [None]
+    ((mine, tag),) = {tuple(tags) for _, tags in opened}
+    (sweep,) = folder.glob("outputs/sweeps/*/sweep.json")
+    assert (mine, tag) == ("mine", f"sweep-{sweep.parent.name}")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qexp.cli import compose_jobs
+from qexp.jobs import compose_jobs
 from qexp.quant.grid import CONVENTIONS
 from qexp.tracking import METRICS
 

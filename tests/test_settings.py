@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from qexp.composing import composed
 from qexp.jobs import compose_jobs
 from qexp.prepare import blamed
 from qexp.quant.granularity import PerBlock, PerChannel, PerGroup
 from qexp.quant.recipe import Recipe, Scheme
 from qexp.quant.rounding import Floor
 from qexp.sections import ConfigError
+from qexp.settings import settings
 from qexp.store import run_id
 
 # What is asked for, and what the sentence must hold: the key, the value, what is allowed.
@@ -117,13 +119,47 @@ def test_what_cannot_be_is_refused_in_one_sentence(asked):
         (["seed=0,abc"], "seed='abc': must be an integer"),
         (["model=resnet8,foo"], "model=foo: no such option"),
         (["quantizer.weight.bits=4,17", "seed=0,1"], "quantizer.weight.bits=17"),
-        (["trainer.lr=interval(0,1)"], "does not support sweep type"),
-        (["experiment=granularity_w4,wu2020/table5"], "experiment=granularity_w4: is a sweep of its own"),
+        (["trainer.lr=interval(0,1)"], "trainer.lr=interval.0,1.: has no list of values"),
+        (["seed=0,1", "calibration=mse", "hydra.sweeper.together=[[seed,calibration]]"], "calibration has no list"),
+        (["seed=0,1", "model.width=4,8,16", "hydra.sweeper.together=[[seed,model.width]]"], "seed has 2, model.width has 3"),
+        (["seed=0,1", "hydra.sweeper.together=[[seed],[seed]]"], "a key can vary together with one group only"),
     ],
 )
 def test_one_wrong_job_refuses_the_whole_sweep(asked, sentence):
     with pytest.raises(ConfigError, match=sentence):
         compose_jobs(asked, multirun=True)
+
+
+def test_keys_that_vary_together_are_one_axis():
+    given = ["seed=0,1", "model.width=4,8,16", "quantizer=int8,w4a8,int4", "hydra.sweeper.together=[[quantizer,model.width]]"]
+    jobs = compose_jobs(given, multirun=True)
+    chosen = [tuple(job.choice[key] for key in ("seed", "model.width", "quantizer")) for job in jobs]
+    pairs = list(zip(("4", "8", "16"), ("int8", "w4a8", "int4"), strict=True))
+    assert chosen == [(seed, *pair) for seed in "01" for pair in pairs]
+    for job, (seed, width, _) in zip(jobs, chosen, strict=True):
+        assert (job.settings.seed, job.settings.config["model"]["width"]) == (int(seed), int(width))
+
+
+def test_several_experiments_bring_their_own_grids():
+    names = ["granularity_w4", "granularity_ladder"]
+    alone = [compose_jobs([f"experiment={name}", "seed=3,4"], multirun=True) for name in names]
+    both = compose_jobs([f"experiment={','.join(names)}", "seed=3,4"], multirun=True)
+    assert [job.run_id for job in both] == [job.run_id for jobs in alone for job in jobs]
+    assert [job.choice["experiment"] for job in both] == [n for n, j in zip(names, alone, strict=True) for _ in j]
+
+
+def test_a_shared_composition_gives_what_hydra_gives():
+    given = ["model=resnet8,mobilenet", "quantizer.weight.bits=2,3", "seed=5,6", "trainer.epochs=7", "+model.width=8,4"]
+    jobs = compose_jobs([text.lstrip("+") for text in given], multirun=True)
+    assert len(jobs) == 16
+    for job in jobs:
+        assert job.settings.config == settings(composed(list(job.overrides))).config
+
+
+def test_keys_of_hydra_that_do_nothing_here_are_refused():
+    for text in "hydra.run.dir=here", "hydra.job.chdir=true", "hydra/output=x":
+        with pytest.raises(ConfigError, match="has no effect here"):
+            compose_jobs([text], multirun=False)
 
 
 def test_configs_of_a_user_are_options_like_others(tmp_path):

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import datetime
+import logging
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 from rich import box
 from rich.console import Console
@@ -14,10 +19,27 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-console = Console(stderr=True, highlight=False)
-output = Console(highlight=False, soft_wrap=True)
+from qexp.settings import Settings
+from qexp.store import read_metrics
+
+WIDE = 200  # columns in a file or a pipe, where nothing is narrow
+
+
+class _Console(Console):
+    """What is printed here stands in the log of the run that is under way, too."""
+
+    log: Console | None = None
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*objects, **options)
+        if _Console.log is not None:
+            _Console.log.print(*objects, **options)
+
+
+console = _Console(stderr=True, highlight=False)
+output = _Console(highlight=False, soft_wrap=True)
 if not output.is_terminal:
-    output = Console(highlight=False, soft_wrap=True, width=200)  # in a file or a pipe nothing is narrow
+    output = _Console(highlight=False, soft_wrap=True, width=WIDE)
 
 LOG_EVERY_S = 20
 BEWARE = 0.01  # share of decisions in which engine and simulation may differ without a word
@@ -31,6 +53,58 @@ class _Stages:
     bars: bool | str = "auto"  # true, false, or auto: only on a terminal
 
 
+@contextmanager
+def logging_to(path: Path, whole_process: bool = False) -> Iterator[None]:
+    """Keep in a file what is printed here and what libraries log; or everything that this process writes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", buffering=1) as file, _everything_to(file) if whole_process else _copies_to(file):
+        handler = logging.StreamHandler(file)
+        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+        logging.getLogger().addHandler(handler)
+        try:
+            yield
+        finally:
+            logging.getLogger().removeHandler(handler)
+
+
+@contextmanager
+def _copies_to(file: TextIO) -> Iterator[None]:
+    _Console.log = Console(file=file, highlight=False, soft_wrap=True, width=WIDE)
+    try:
+        yield
+    finally:
+        _Console.log = None
+
+
+@contextmanager
+def _everything_to(file: TextIO) -> Iterator[None]:
+    """What C++ libraries and a crash write goes past Python: the descriptors themselves lead to the file."""
+    before = {number: os.dup(number) for number in (1, 2)}
+    for number in before:
+        os.dup2(file.fileno(), number)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, old in before.items():
+            os.dup2(old, number)
+            os.close(old)
+
+
+def to_log(text: str) -> None:
+    """Lines for the log alone, such as where an error happened."""
+    if _Console.log is not None:
+        _Console.log.print(text, markup=False)
+    elif not console.is_terminal:
+        print(text, file=sys.stderr)
+
+
+def draws() -> bool:
+    """Whether there is a terminal to draw progress on."""
+    return console.is_terminal if _Stages.bars == "auto" else bool(_Stages.bars)
+
+
 def show_progress(wanted: bool | str) -> None:
     """Choose whether stages show bars: true, false or "auto"."""
     _Stages.bars = wanted
@@ -42,7 +116,7 @@ def stage(what: str, live: bool = True) -> Iterator[Update]:
 
     A stage that measures time is not live: drawing would disturb it.
     """
-    bars = live and (console.is_terminal if _Stages.bars == "auto" else bool(_Stages.bars))
+    bars = live and draws()
     start = time.perf_counter()
     columns = (
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"),
@@ -153,29 +227,31 @@ def _packed_cell(get) -> str:
     return "" if packed is None else f"{packed / 1024:.1f}, {scales / 1024:.2f} KiB"
 
 
-def report(job) -> None:
-    """All of one run: what stayed in float, the table, where to look."""
-    for name, kind, reason in job.in_float:
-        output.print(f"in float: {name} ({kind}): {reason}", markup=False)
-    engines = [engine.name for engine in job.engines]
+def report(folder: Path, settings: Settings, look: str = "") -> None:
+    """All of one run from its record: what stayed in float, the table, where to look."""
+    metrics = read_metrics(folder)
+    with (folder / "unquantized.csv").open(newline="") as file:
+        for layer, kind, reason in list(csv.reader(file))[1:]:
+            output.print(f"in float: {layer} ({kind}): {reason}", markup=False)
+    asked = settings.config["engine"]["engines"]
+    engines = [name for name in asked if any(key.startswith(f"{name}/") for key in metrics)]
+    samples = metrics["data/test_samples"]
     for name in engines:
-        flips = job.metrics.get(f"{name}/parity/argmax_flips", 0)
-        if flips > BEWARE * len(job.reference):
-            text = f"beware: {name} decides {flips} of {len(job.reference)} samples otherwise than the simulation"
+        flips = metrics.get(f"{name}/parity/argmax_flips", 0)
+        if flips > BEWARE * samples:
+            text = f"beware: {name} decides {flips} of {samples} samples otherwise than the simulation"
             output.print(f"{text}: its figures are its own, the simulation does not explain them", markup=False)
-    title = job.settings.label
-    if job.settings.method != "fp32":
-        recipe = job.settings.recipe
-        title += f"\nweights {recipe.weight}\nactivations {recipe.activation}"
-    output.print(run_table(job.metrics, engines, title))
-    where(job)
+    title = settings.label
+    if settings.method != "fp32":
+        title += f"\nweights {settings.recipe.weight}\nactivations {settings.recipe.activation}"
+    output.print(run_table(metrics, engines, title))
+    where(folder, look)
 
 
-def where(job) -> None:
-    """The one line that says where to look."""
-    how = "look at it with: " if " leet " in job.where else ""
-    look = f"; {how}{job.where}" if job.where else ""
-    output.print(f"results in {job.folder}{look}", markup=False)
+def where(folder: Path, look: str = "") -> None:
+    """The one line that says where to look; `look` is where the logger's record is, or how to see it."""
+    how = "look at it with: " if " leet " in look else ""
+    output.print(f"results in {folder}{f'; {how}{look}' if look else ''}", markup=False)
 
 
 # Heading -> cell, in the order of the table.

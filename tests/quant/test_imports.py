@@ -21,7 +21,10 @@ ORDER = [
         "store", "machine", "settings", "tracking", "record", "report", "prepare", "passes", "caches", "stopping",
         "finetuning", "sections", "plans", "flat", "compare",
     },
-    {"run", "jobs"},
+    {"run"},
+    {"attempt", "composing", "jobs"},
+    {"launch"},
+    {"sweep"},
     {"cli", "levels_cli", "flatness_cli", "compare_cli", "__main__"},
 ]
 # fmt: on
