@@ -121,7 +121,7 @@ def test_what_cannot_be_is_refused_in_one_sentence(asked):
         (["quantizer.weight.bits=4,17", "seed=0,1"], "quantizer.weight.bits=17"),
         (["trainer.lr=interval(0,1)"], "trainer.lr=interval.0,1.: has no list of values"),
         (["seed=0,1", "calibration=mse", "hydra.sweeper.together=[[seed,calibration]]"], "calibration has no list"),
-        (["seed=0,1", "model.width=4,8,16", "hydra.sweeper.together=[[seed,model.width]]"], "seed has 2, model.width has 3"),
+        (["seed=0,1", "trainer.lr=1,2,3", "hydra.sweeper.together=[[seed,trainer.lr]]"], "seed has 2, trainer.lr has 3"),
         (["seed=0,1", "hydra.sweeper.together=[[seed],[seed]]"], "a key can vary together with one group only"),
     ],
 )
@@ -131,8 +131,8 @@ def test_one_wrong_job_refuses_the_whole_sweep(asked, sentence):
 
 
 def test_keys_that_vary_together_are_one_axis():
-    given = ["seed=0,1", "model.width=4,8,16", "quantizer=int8,w4a8,int4", "hydra.sweeper.together=[[quantizer,model.width]]"]
-    jobs = compose_jobs(given, multirun=True)
+    together = "hydra.sweeper.together=[[quantizer,model.width]]"
+    jobs = compose_jobs(["seed=0,1", "model.width=4,8,16", "quantizer=int8,w4a8,int4", together], multirun=True)
     chosen = [tuple(job.choice[key] for key in ("seed", "model.width", "quantizer")) for job in jobs]
     pairs = list(zip(("4", "8", "16"), ("int8", "w4a8", "int4"), strict=True))
     assert chosen == [(seed, *pair) for seed in "01" for pair in pairs]
