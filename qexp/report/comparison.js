@@ -41,10 +41,9 @@ const remembered = {};
 const categories = i => remembered[`${state.mode} ${i}`] ??=
   [...new Set(rows().map(row => row.settings[i]))].sort(collator.compare);
 
-const worded = row => {
-  const text = [...row.settings, row.id ?? ""].join(" ").toLowerCase();
-  return state.words.every(word => text.includes(word));
-};
+// A word is part of a setting, a number a whole one: 4 is not in 0.4; an id is found by how it starts.
+const worded = row => state.words.every(word => row.id?.startsWith(word) || row.settings.some(text =>
+  isNaN(word) ? text.toLowerCase().includes(word) : text.split(/[^\d.]+/).some(part => part !== "" && Number(part) === Number(word))));
 const brushed = row => axes().every(axis => {
   const ranges = state.brushes[axis.key];
   const value = axis.value(row);
@@ -197,15 +196,11 @@ function layout(more) {
 }
 
 function draw(id, traces, options, empty = "") {
-  const place = $(id);
-  if (!place || !window.Plotly) return;
-  if (traces.length) {
-    if (!place.data) place.replaceChildren();
-    Plotly.react(place, traces, layout(options), traces[0].type === "parcoords" ? {...config, displayModeBar: false} : config);
-  } else {
-    if (place.data) Plotly.purge(place);
-    place.replaceChildren(element("p", empty, "empty"));
-  }
+  if (!$(id) || !window.Plotly) return;
+  const nothing = {height: 120, xaxis: {visible: false}, yaxis: {visible: false},
+    annotations: [{text: empty, showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5}]};
+  const bare = traces[0]?.type === "parcoords" || !traces.length;
+  Plotly.react($(id), traces, layout(traces.length ? options : nothing), {...config, ...(bare && {displayModeBar: false})});
 }
 
 // Indices of the points that no other beats: those of less cost all bring less.
@@ -251,7 +246,7 @@ function drawFront() {
     xaxis: {title: {text: plain(cost.heading), standoff: 12}}, yaxis: {title: {text: plain(gain.heading), standoff: 12}},
   }, "No row has both figures.");
   const place = $("front");
-  if (place.data && !place.listens) {
+  if (place.on && !place.listens) {
     place.on("plotly_click", event => event.points[0].customdata !== undefined && choose(event.points[0].customdata));
     place.listens = true;
   }
@@ -278,10 +273,10 @@ function drawParallel() {
     unselected: {line: {color: color("line"), opacity: 0.5}},
     line: gain ? {color: gain, colorscale: [[0, color("c1")], [0.5, color("point")], [1, color("c0")]]} : {color: color("c0")},
   }] : [], {margin: {l: 76, r: 40, t: dimensions.length > 8 ? 76 : 52, b: 20}, height: 360}, able ? "Too few rows that differ." : "This chart needs WebGL, which this browser does not have or does not allow.");
-  if (place.data && !place.listens) {
+  if (place.on && !place.listens) {
     place.on("plotly_restyle", () => {
       state.brushes = {};
-      for (const {name, constraintrange} of place.data[0].dimensions) {
+      for (const {name, constraintrange} of place.data[0]?.dimensions ?? []) {
         if (constraintrange?.length) state.brushes[name] = Array.isArray(constraintrange[0]) ? constraintrange : [constraintrange];
       }
       drawTable();

@@ -1,7 +1,7 @@
 """One page that holds a comparison, its data and all that draws it: it opens from a file, without a network.
 
-Nothing of a record becomes markup: data travel as JSON in which `<`, `>`, `&` and quotes are escaped, or packed, and the
-page's script writes them as text. The page's policy allows no script but its own and no connection at all.
+Nothing of a record becomes markup: data travel as JSON in which `<`, `>`, `&` and quotes are escaped, or packed, and
+the page's script writes them as text. The page's policy allows no script but its own and no connection at all.
 """
 
 from __future__ import annotations
@@ -156,7 +156,8 @@ def _details(groups: Sequence[Group]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         if run.layers:
             key = tuple((row["site"], row["kind"]) for row in run.layers)
-            found |= {"sites": sites.setdefault(key, len(sites)), "sqnr": [_number(row["sqnr_db"]) for row in run.layers]}
+            found["sites"] = sites.setdefault(key, len(sites))
+            found["sqnr"] = [_number(row["sqnr_db"]) for row in run.layers]
         if run.curve:
             found["curve"] = {name: [_number(row[name]) for row in run.curve] for name in run.curve[0]}
         return found
