@@ -187,7 +187,7 @@ function layout(more) {
   const axis = {gridcolor: color("line"), linecolor: color("line"), zeroline: false, ticks: "", automargin: true,
     title: {standoff: 12}};
   return {
-    paper_bgcolor: "transparent", plot_bgcolor: "transparent", showlegend: false, hovermode: "closest", height: 380,
+    paper_bgcolor: color("card"), plot_bgcolor: color("card"), showlegend: false, hovermode: "closest", height: 380,
     font: {family: getComputedStyle(document.body).fontFamily, size: 12, color: color("muted")},
     margin: {l: 56, r: 16, t: 12, b: 48}, modebar: {bgcolor: "transparent", color: color("muted"), activecolor: color("accent")},
     hoverlabel: {bgcolor: color("card"), bordercolor: color("line"), font: {color: color("text"), size: 12}, align: "left"},
@@ -243,7 +243,7 @@ function drawFront() {
       marker: {size: 11, color: colorOf(p.place), line: {width: 2, color: color("card")}}})),
   ].map(({bars, ...kept}) => kept) : [];
   draw("front", traces, {
-    xaxis: {title: {text: plain(cost.heading), standoff: 12}}, yaxis: {title: {text: plain(gain.heading), standoff: 12}},
+    xaxis: {title: {text: plain(cost.axis), standoff: 12}}, yaxis: {title: {text: plain(gain.axis), standoff: 12}},
   }, "No row has both figures.");
   const place = $("front");
   if (place.on && !place.listens) {
@@ -403,7 +403,7 @@ $("unbrush").onclick = () => {
   drawFront();
   drawParallel();
 };
-page.costs.forEach(i => $("cost").append(new Option(page.metrics[i].heading, i)));
+page.costs.forEach(i => $("cost").append(new Option(page.metrics[i].axis, i)));
 $("cost").onchange = () => { state.cost = Number($("cost").value); drawFront(); };
 if ($("kind")) $("kind").onchange = drawLayers;
 if ($("curve")) $("curve").onchange = drawCurves;

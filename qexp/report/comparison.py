@@ -45,10 +45,13 @@ HEADINGS = {
     "parity/identical": "codes = %", "int8/mac_coverage": "int8 MACs %",
 }  # fmt: skip
 # What a narrow terminal goes without, the first first; then figures from the right.
-SPARED = ["size/packed_bytes", "latency/int8_ms", "acc/control", "sqnr/output_db", "acc/fp32", "latency/speedup"]
+SPARED = [
+    "size/packed_bytes", "latency/int8_ms", "acc/control", "sqnr/output_db", "acc/fp32", "acc/ptq", "latency/speedup",
+]  # fmt: skip
 # Less of these is better; more of acc/..., sqnr/..., parity/identical and the speed-ups; of the others who knows.
 COSTS = "latency/", "size/", "time/", "acc/drop", "finetune/loss"
 COST_AXES = ["latency/int8_ms", "size/packed_bytes"]
+AXES = {ACC: "accuracy, %", "latency/int8_ms": "latency in int8, ms", "size/packed_bytes": "size, KiB"}
 
 
 @dataclass(frozen=True)
@@ -324,7 +327,7 @@ def pareto_figure(groups: Sequence[Group]) -> Figure:
 
     axes_of = [name for name in COST_AXES if any(_point(group, name) for group in groups)]
     with rc_context(STYLE):
-        figure = Figure(figsize=(5 * max(len(axes_of), 1), 3.8), layout="constrained")
+        figure = Figure(figsize=(5 * max(len(axes_of), 1), 4.8), layout="constrained")
         for axes, cost in zip(figure.subplots(1, max(len(axes_of), 1), squeeze=False)[0], axes_of or [""], strict=True):
             if cost:
                 _front(axes, groups, cost)
@@ -339,27 +342,30 @@ def _point(group: Group, cost: str) -> tuple[Mean, Mean] | None:
     return None if x.mean is None or y.mean is None else (x, y)
 
 
-def _front(axes, groups: Iterable[Group], cost: str) -> None:
+def _front(axes, groups: Iterable[Group], cost: str, named: int = 8) -> None:
+    """All groups, those on the front in colour and the first of them by number and name."""
+    from matplotlib.lines import Line2D
+
     from qexp.report.figures import BLUE, GREY
 
     points = [(group, *point) for group in groups if (point := _point(group, cost))]
-    xs, ys = ([shown(name).factor * mean.mean for mean in means] for name, means in (
-        (cost, [x for _, x, _ in points]), (ACC, [y for _, _, y in points])))  # fmt: skip
+    xs = [shown(cost).factor * x.mean for _, x, _ in points]
+    ys = [shown(ACC).factor * y.mean for _, _, y in points]
     best = pareto_front(list(zip(xs, ys, strict=True)))
     axes.step([xs[i] for i in best], [ys[i] for i in best], where="post", color=BLUE, linewidth=1, alpha=0.5)
     for i, (_, x, y) in enumerate(points):
-        errors = {"xerr": shown(cost).factor * (x.half or 0), "yerr": 100 * (y.half or 0)}
-        color = BLUE if i in best else GREY
-        axes.errorbar(xs[i], ys[i], **errors, fmt="o", markersize=5, color=color, elinewidth=0.8, capsize=2)
-    for i in best[:8]:
-        axes.annotate(points[i][0].name, (xs[i], ys[i]), (5, -9), textcoords="offset points", fontsize=7)
-    axes.set(xlabel=_axis(cost), ylabel="accuracy, %")
-
-
-def _axis(metric: str) -> str:
-    return {"latency/int8_ms": "latency in int8, ms", "size/packed_bytes": "size, KiB"}.get(
-        metric, shown(metric).heading
-    )
+        errors = {"xerr": shown(cost).factor * (x.half or 0), "yerr": shown(ACC).factor * (y.half or 0)}
+        style = {"color": BLUE, "zorder": 3} if i in best else {"color": GREY, "alpha": 0.5}
+        axes.errorbar(xs[i], ys[i], **errors, fmt="o", markersize=4.5, elinewidth=0.7, **style)
+    for number, i in enumerate(best[:named], 1):
+        axes.annotate(str(number), (xs[i], ys[i]), (4, 4), textcoords="offset points", fontsize=8, color=BLUE)
+    names = [f"{number}  {points[i][0].name}" for number, i in enumerate(best[:named], 1)]
+    axes.set(xlabel=AXES[cost], ylabel=AXES[ACC])
+    axes.legend(
+        [Line2D([], [], linestyle="none")] * len(names), [name.replace("$", r"\$") for name in names], handlelength=0,
+        loc="upper left", bbox_to_anchor=(0, -0.16), fontsize=7.5, title="on the front", title_fontsize=7.5,
+        alignment="left",
+    )  # fmt: skip
 
 
 def runs_of(groups: Iterable[Group]) -> list[Run]:

@@ -22,7 +22,7 @@ from qexp.compare.differences import brief, head
 from qexp.compare.groups import ACC, MEANING, Group, Mean, has, mean_of, processor_of, settings_of, value_of
 from qexp.compare.papers import Paper
 from qexp.compare.records import Records, Run
-from qexp.report.comparison import COST_AXES, better, paper_columns, remarks, runs_of, shown, summary
+from qexp.report.comparison import AXES, COST_AXES, better, paper_columns, remarks, runs_of, shown, summary
 
 HERE = Path(__file__).parent
 PLOTTED = [ACC, "acc/drop", "sqnr/output_db", *COST_AXES]
@@ -107,8 +107,9 @@ def _mean(run: Run, name: str) -> Mean:
 
 def _metric(name: str, in_table: bool) -> dict[str, Any]:
     meaning = MEANING.get(name) or MEANING.get(name.partition("/")[2], "")
-    return {"name": name, "heading": shown(name).heading, "better": better(name), "meaning": meaning,
-            "inTable": in_table}  # fmt: skip
+    heading = shown(name).heading
+    return {"name": name, "heading": heading, "axis": AXES.get(name, heading), "better": better(name),
+            "meaning": meaning, "inTable": in_table}  # fmt: skip
 
 
 def _figure(name: str, mean: Mean, runs: int | None = None) -> list[Any] | None:
@@ -188,5 +189,3 @@ def _number(text: str) -> float | None:
     except ValueError:
         return None
     return _short(value, 4) if math.isfinite(value) else None
-
-
