@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ def fake_quantize(x: Tensor, qparams: QParams, grid: CodeRange, rounding: Roundi
     if not serves(x, rounding):
         what = f"rounding={rounding}, {x.dtype} on {x.device}"
         raise ValueError(f"{what}: compiled are half_even and stochastic of float32 on a CPU")
-    return _FakeQuantize.apply(x, _Rows.of(x.shape, qparams), grid, rounding)
+    return _FakeQuantize.apply(x, qparams, grid, rounding)
 
 
 def serves(x: Tensor, rounding: Rounding) -> bool:
@@ -40,61 +40,63 @@ def serves(x: Tensor, rounding: Rounding) -> bool:
 
 
 class _Rows(NamedTuple):
-    """A tensor as rows of memory, and which scale belongs to which row."""
+    """How a tensor lies in memory: rows of `inner` elements, the scales taking turns from row to row."""
 
     numel: int
     inner: int
-    scale: Tensor
-    zero_point: Tensor
+    words: int  # of 16 bits, that hold a bit for each element, one for each vector of a row
+    expands: torch.Size | None  # the shape that gives scales a row each, where their blocks are no rows of memory
 
-    @classmethod
-    def of(cls, shape: torch.Size, qparams: QParams) -> _Rows:
-        scale, zero_point = qparams.scale, qparams.zero_point
-        if scale.numel() == 1:
-            return cls(shape.numel(), PIECE, scale, zero_point)
-        params = (1,) * (len(shape) - scale.dim()) + tuple(scale.shape)
-        own = [d for d, p in enumerate(params) if p > 1]
+
+@lru_cache(maxsize=4096)
+def _rows(shape: torch.Size, params: torch.Size) -> _Rows:
+    """The rows of a tensor for scales of this shape, which broadcast."""
+    numel, inner, expands = shape.numel(), PIECE, None
+    if params.numel() != 1:
+        aligned = (1,) * (len(shape) - len(params)) + tuple(params)
+        own = [d for d, p in enumerate(aligned) if p > 1]
         first, last = own[0], own[-1]
-        if params[first : last + 1] != tuple(shape[first : last + 1]):  # blocks that are not rows of memory
-            scale, last = scale.expand(shape), len(shape) - 1
-        scale, zero_point = scale.contiguous(), zero_point.expand(scale.shape).contiguous()
-        return cls(shape.numel(), shape[last + 1 :].numel(), scale, zero_point)
-
-    @property
-    def words(self) -> int:
-        """Words of 16 bits that hold a bit for each element, one for each vector of a row."""
-        return -(-self.numel // self.inner) * -(-self.inner // library().width())
+        if aligned[first : last + 1] != tuple(shape[first : last + 1]):
+            expands, last = shape, len(shape) - 1
+        inner = shape[last + 1 :].numel()
+    return _Rows(numel, inner, -(-numel // inner) * -(-inner // library().width()), expands)
 
 
-def _quantized(x: Tensor, rows: _Rows, grid: CodeRange, rounding: Rounding) -> tuple[Tensor, Tensor]:
-    """Values, and the bits that say which codes are in range."""
+def _quantized(
+    x: Tensor, qparams: QParams, grid: CodeRange, rounding: Rounding
+) -> tuple[Tensor, Tensor, _Rows, Tensor]:
+    """Values, the bits that say which codes are in range, and the rows with their scales."""
+    scale, zero_point = qparams.scale, qparams.zero_point
+    rows = _rows(x.shape, scale.shape)
+    if rows.expands is not None:
+        scale, zero_point = scale.expand(rows.expands), zero_point.expand(rows.expands)
+    scale, zero_point = scale.contiguous(), zero_point.contiguous()
     y, inside = torch.empty_like(x), torch.empty(rows.words, dtype=torch.int16)
     arguments = (
-        x.data_ptr(), y.data_ptr(), inside.data_ptr(), rows.scale.data_ptr(), rows.zero_point.data_ptr(),
-        grid.quant_min, grid.quant_max, rows.numel, rows.inner, rows.scale.numel(), torch.get_num_threads(),
+        x.data_ptr(), y.data_ptr(), inside.data_ptr(), scale.data_ptr(), zero_point.data_ptr(),
+        grid.quant_min, grid.quant_max, rows.numel, rows.inner, scale.numel(), torch.get_num_threads(),
     )  # fmt: skip
     if rounding.is_random:
         library().drawn(*arguments, rounding.stream, rounding.first(rows.numel))
     else:
         library().nearest(*arguments)
-    return y, inside
+    return y, inside, rows, scale
 
 
 class _FakeQuantize(torch.autograd.Function):
     """Of x one bit an element is kept: whether its code is in range."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, rows: _Rows, grid: CodeRange, rounding: Rounding) -> Tensor:
-        y, ctx.inside = _quantized(x.contiguous(), rows, grid, rounding)
-        ctx.size = rows.numel, rows.inner
+    def forward(ctx, x: Tensor, qparams: QParams, grid: CodeRange, rounding: Rounding) -> Tensor:
+        y, ctx.inside, ctx.rows, _ = _quantized(x.contiguous(), qparams, grid, rounding)
         return y
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        grad = grad.contiguous()
+        grad, rows = grad.contiguous(), ctx.rows
         out = torch.empty_like(grad)
-        arguments = grad.data_ptr(), out.data_ptr(), ctx.inside.data_ptr(), *ctx.size, torch.get_num_threads()
-        library().where_inside(*arguments)
+        pointers = grad.data_ptr(), out.data_ptr(), ctx.inside.data_ptr()
+        library().where_inside(*pointers, rows.numel, rows.inner, torch.get_num_threads())
         return out, None, None, None
 
 
@@ -102,30 +104,36 @@ class _LearnedScale(torch.autograd.Function):
     """The same with the gradient of the scale, from two sums over each block."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, factor: float, rows: _Rows, grid: CodeRange, rounding: Rounding):
+    def forward(ctx, x: Tensor, learned: Tensor, factor: float, qparams: QParams, grid: CodeRange, rounding: Rounding):
         x = x.contiguous()
-        y, ctx.inside = _quantized(x, rows, grid, rounding)
-        ctx.save_for_backward(x, y, scale)
-        ctx.rows, ctx.factor = rows, factor
+        y, ctx.inside, ctx.rows, ctx.scale = _quantized(x, qparams, grid, rounding)
+        ctx.save_for_backward(x, y)
+        ctx.factor, ctx.shapes = factor, (learned.shape, qparams.scale.shape)
         return y
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (x, y, scale), rows = ctx.saved_tensors, ctx.rows
-        grad = grad.contiguous()
+        (x, y), rows, scale = ctx.saved_tensors, ctx.rows, ctx.scale
+        grad, (shape, params) = grad.contiguous(), ctx.shapes
         out = torch.empty_like(grad)
-        sums = torch.empty(-(-rows.numel // rows.inner), dtype=torch.float64)
-        tensors = (tensor.data_ptr() for tensor in (x, y, grad, out, ctx.inside, sums))
-        library().where_inside_and_sums(*tensors, rows.numel, rows.inner, torch.get_num_threads())
-        total = sums.view(-1, rows.scale.numel()).sum(0).view(rows.scale.shape).sum_to_size(scale.shape)
-        return out, total.float() * (ctx.factor / scale), None, None, None, None
+        of_scale = torch.empty(shape if rows.expands is None else rows.expands)
+        tensors = x, y, grad, ctx.inside, scale, out, of_scale
+        library().learned_scale(
+            *map(Tensor.data_ptr, tensors), ctx.factor, rows.numel, rows.inner, scale.numel(), torch.get_num_threads()
+        )
+        if rows.expands is not None:
+            of_scale = of_scale.sum_to_size(params).view(shape)
+        return out, of_scale, None, None, None, None
 
 
 def learned_scale(
-    x: Tensor, scale: Tensor, factor: float, qparams: QParams, grid: CodeRange, rounding: Rounding
+    x: Tensor, learned: Tensor, factor: float, qparams: QParams, grid: CodeRange, rounding: Rounding
 ) -> Tensor:
-    """`fake_quantize` whose scale learns: S dL/dS = factor (sum dL/dx~ x~ - sum dL/dx x) over each block."""
-    return _LearnedScale.apply(x, scale, factor, _Rows.of(x.shape, qparams), grid, rounding)
+    """`fake_quantize` whose scale is learned: dL/dS = factor / S (sum dL/dx~ x~ - sum dL/dx x) over each block.
+
+    `learned` gets the gradient; it holds the numbers of `qparams.scale`, in that shape or another.
+    """
+    return _LearnedScale.apply(x, learned, factor, qparams, grid, rounding)
 
 
 @cache
@@ -143,9 +151,8 @@ def library() -> ctypes.CDLL:
     lib.nearest.argtypes = [tensor] * 5 + [number] * 2 + [size] * 3 + [count]
     lib.drawn.argtypes = [*lib.nearest.argtypes, ctypes.c_int32, ctypes.c_int32]
     lib.where_inside.argtypes = [tensor] * 3 + [size] * 2 + [count]
-    lib.where_inside_and_sums.argtypes = [tensor] * 6 + [size] * 2 + [count]
-    lib.where_inside_and_sums.restype = None
-    lib.nearest.restype = lib.drawn.restype = lib.where_inside.restype = None
+    lib.learned_scale.argtypes = [tensor] * 7 + [number] + [size] * 3 + [count]
+    lib.nearest.restype = lib.drawn.restype = lib.where_inside.restype = lib.learned_scale.restype = None
     lib.count_cells.argtypes = [tensor] * 3 + [size] * 2 + [count] * 2 + [size, count]
     lib.count_cells.restype = None
     lib.width.restype = size

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 namespace {
 
@@ -216,13 +217,15 @@ extern "C" void where_inside(const float* g, float* gx, const uint16_t* inside, 
   });
 }
 
-// The same, and of each row the sum of g y - gx x: S dL/dS of a learned scale (Esser et al. 2020, equation 3).
-extern "C" void where_inside_and_sums(const float* x, const float* y, const float* g, float* gx, const uint16_t* inside,
-                                      double* sums, int64_t n, int64_t inner, int threads) {
+// The same, and gs = factor / S sum (g y - gx x) over each block: dL/dS of a learned scale (Esser et al. 2020,
+// equation 3).
+extern "C" void learned_scale(const float* x, const float* y, const float* g, const uint16_t* inside,
+                              const float* scale, float* gx, float* gs, float factor, int64_t n, int64_t inner,
+                              int64_t groups, int threads) {
   const int64_t words = (inner + WIDTH - 1) / WIDTH;
-  rows(n, inner, threads, [=](int64_t r, int64_t at, int64_t count) {
+  std::vector<double> sums((n + inner - 1) / inner);
+  rows(n, inner, threads, [&](int64_t r, int64_t at, int64_t count) {
     const uint16_t* bits = inside + r * words;
-    double total = 0;
     for (int64_t start = 0; start < count; start += CHUNK) {  // float sums stay short
       Float sum(0);
       each(std::min(CHUNK, count - start), [&](int64_t i, int64_t k) {
@@ -233,10 +236,14 @@ extern "C" void where_inside_and_sums(const float* x, const float* y, const floa
       });
       float lanes[WIDTH];
       sum.store(lanes);
-      for (const float lane : lanes) total += lane;
+      for (const float lane : lanes) sums[r] += lane;
     }
-    sums[r] = total;
   });
+  for (int64_t b = 0; b < groups; ++b) {
+    double total = 0;
+    for (size_t r = b; r < sums.size(); r += groups) total += sums[r];
+    gs[b] = static_cast<float>(total) * (factor / scale[b]);
+  }
 }
 
 // Adds to counts (copies, groups, 2 side) the values of each cell of sketch.py, and to zeros (groups) the zeros, which
