@@ -13,6 +13,7 @@ from qexp.finetune.plan import FineTune
 from qexp.quant.batchnorm import freeze_batchnorm_
 from qexp.quant.convert import layers, quantizers
 from qexp.quant.distributed import mean_across_ranks
+from qexp.quant.estimators import sync_
 from qexp.quant.quantizer import Mode, Quantizer
 from qexp.quant.rounding import HalfEven, Rounding
 
@@ -65,9 +66,7 @@ class ExecuteFineTune(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, task: pl.LightningModule, outputs, batch, index: int) -> None:
         self._losses.append(outputs["loss"].detach())
-        for quantizer in quantizers(task.net):
-            if quantizer.estimator is not None:
-                quantizer.estimator.sync_(quantizer)
+        sync_(quantizers(task.net))
         if self.plan.update is not None:
             self._changed.append(round_weights_(task.net, self.plan.update, trainer.global_step))
             task.log("finetune/changed_codes", self._changed[-1])

@@ -6,6 +6,7 @@ it while a network trains. In evaluation every quantizer computes what the engin
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -160,11 +161,12 @@ class LSQ(Estimator):
         from qexp.quant import compiled
         from qexp.quant.affine import tell_scale
 
-        scale, factor = quantizer.learned_scale.view(qparams.scale.shape), self.factor(quantizer, x)
-        if compiled.is_loaded() and compiled.serves(x, self.rounding(quantizer)):
-            return compiled.learned_scale(x, scale, factor, qparams, quantizer.grid, self.rounding(quantizer))
+        learned, factor, rounding = quantizer.learned_scale, self.factor(quantizer, x), self.rounding(quantizer)
+        if compiled.is_loaded() and compiled.serves(x, rounding):
+            return compiled.learned_scale(x, learned, factor, qparams, quantizer.grid, rounding)
+        scale = learned.view(qparams.scale.shape)
         told = tell_scale(x, scale, -factor)
-        return tell_scale(quantizer.grid.fake_quantize(told, qparams, self.rounding(quantizer)), scale, factor)
+        return tell_scale(quantizer.grid.fake_quantize(told, qparams, rounding), scale, factor)
 
     def factor(self, quantizer: Quantizer, x: Tensor) -> float:
         """What dL/dS is multiplied by."""
@@ -177,19 +179,34 @@ class LSQ(Estimator):
         return (numel / quantizer.scale.numel() * most) ** -0.5
 
     def sync_(self, quantizer: Quantizer) -> None:
-        set_scale_(quantizer, quantizer.learned_scale.detach())
+        set_scales_({quantizer: quantizer.learned_scale.detach()})
 
     def __str__(self) -> str:
         return "lsq" if self.gradient_scale == "full" else f"lsq {self.gradient_scale}"
 
 
-def set_scale_(quantizer: Quantizer, scale: Tensor) -> None:
-    """Store a learned scale. Errors: ValueError naming the site unless all are normal positive float32 numbers."""
+def sync_(quantizers: Iterable[Quantizer]) -> None:
+    """`Estimator.sync_` of all these sites; scales that are learned as they are, as in LSQ, are stored in one go."""
+    learning = [quantizer for quantizer in quantizers if quantizer.estimator is not None]
+    as_learned = [quantizer for quantizer in learning if type(quantizer.estimator).sync_ is LSQ.sync_]
+    set_scales_({quantizer: quantizer.learned_scale.detach() for quantizer in as_learned})
+    for quantizer in learning:
+        if type(quantizer.estimator).sync_ is not LSQ.sync_:
+            quantizer.estimator.sync_(quantizer)
+
+
+def set_scales_(scales: dict[Quantizer, Tensor]) -> None:
+    """Store learned scales. Errors: ValueError naming a site unless all are normal positive float32 numbers."""
+    import torch
+
     from qexp.quant.scale import SMALLEST_NORMAL
 
-    lowest, highest = map(float, scale.aminmax())
+    if not scales:
+        return
+    every = torch.cat([scale.flatten() for scale in scales.values()])
+    lowest, highest = map(float, every.aminmax())
     if not SMALLEST_NORMAL <= lowest <= highest < float("inf"):
-        allowed = (scale >= SMALLEST_NORMAL) & scale.isfinite()
-        worst = scale[~allowed].flatten()[0].item()
-        raise ValueError(f"{quantizer.site}: its learned scale became {worst:.3g}; lower the learning rate")
-    quantizer.scale.copy_(scale)
+        for quantizer, scale in scales.items():
+            for worst in scale[~((scale >= SMALLEST_NORMAL) & scale.isfinite())].tolist():
+                raise ValueError(f"{quantizer.site}: its learned scale became {worst:.3g}; lower the learning rate")
+    torch._foreach_copy_([quantizer.scale for quantizer in scales], list(scales.values()))

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from qexp.quant.estimators import LSQ, Estimator, set_scale_
+from qexp.quant.estimators import LSQ, Estimator, set_scales_
 from qexp.quant.grid import IntegerGrid
 from qexp.quant.rounding import Stochastic
 from qexp.quant.scale import SMALLEST_NORMAL
@@ -126,7 +126,7 @@ class PACT(Estimator):
         return self.decay * quantizer.learned_alpha.square().sum() if self.decay else 0.0
 
     def sync_(self, quantizer: Quantizer) -> None:
-        set_scale_(quantizer, quantizer.learned_alpha.detach() / quantizer.grid.quant_max)
+        set_scales_({quantizer: quantizer.learned_alpha.detach() / quantizer.grid.quant_max})
 
     def __str__(self) -> str:
         return "pact"
@@ -181,7 +181,7 @@ class TQT(Estimator):
         import torch
 
         exponent = quantizer.learned_log2_threshold.detach().ceil() - self._shift(quantizer)
-        set_scale_(quantizer, torch.ldexp(torch.ones_like(exponent), exponent))
+        set_scales_({quantizer: torch.ldexp(torch.ones_like(exponent), exponent)})
 
     def __str__(self) -> str:
         return "tqt"

@@ -36,6 +36,7 @@ from qexp.finetune.plan import FineTune
 from qexp.jobs import compose_jobs
 from qexp.quant import compiled
 from qexp.quant.convert import fold_batchnorm_, quantizers
+from qexp.quant.estimators import sync_
 from qexp.run import Run, run
 from qexp.sections import Target
 from qexp.tasks.qat import QATTask
@@ -308,8 +309,7 @@ def _step(net: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
             loss = loss + sum(quantizer.estimator.penalty(quantizer) for quantizer in sites)
         loss.backward()
         optimizer.step()
-        for quantizer in sites:
-            quantizer.estimator.sync_(quantizer)
+        sync_(sites)
 
     return call
 
