@@ -91,10 +91,10 @@ class Quantizer(nn.Module):
     @property
     def qparams(self) -> QParams:
         """Scale and zero point. Errors: RuntimeError before calibration, and where every call has its own."""
-        if not self.calibrated or self.dynamic:
+        if self.dynamic or not self.calibrated:
             why = "has scales of its own in each call" if self.dynamic else "was never calibrated"
             raise RuntimeError(f"{self.site}: this quantizer {why}")
-        return QParams(self.scale, self.zero_point, getattr(self, "levels", None))
+        return QParams(self.scale, self.zero_point, self._buffers.get("levels"))
 
     def qparams_for(self, x: Tensor) -> QParams:
         """The stored scale and zero point, or those of this very tensor."""
@@ -111,14 +111,14 @@ class Quantizer(nn.Module):
         if self.mode is Mode.QUANTIZE:
             if x.dtype in (torch.float16, torch.bfloat16):  # autocast's; codes and scales are those of float32
                 x = x.float()
-            if self.training and hasattr(self, "step"):
+            training, estimator = self.training, self.estimator
+            if training and "step" in self._buffers:
                 self.step += 1
-            if self.training and self.follows:
+            if training and self.follows:
                 self.follow_(x)
-            quantized = x if self.estimator is None else self.estimator.before(self, x)
-            blocked, qparams = self._blocked(quantized)
-            if self.training and self.estimator is not None:
-                return self._joined(self.estimator.values(self, blocked, qparams), x)
+            blocked, qparams = self._blocked(x if estimator is None else estimator.before(self, x))
+            if training and estimator is not None:
+                return self._joined(estimator.values(self, blocked, qparams), x)
             return self._joined(self.grid.fake_quantize(blocked, qparams, self.rounding), x)
         if self.mode is Mode.OBSERVE:
             self._named(self.observer.update, x)
@@ -143,9 +143,10 @@ class Quantizer(nn.Module):
     def _blocked(self, x: Tensor) -> tuple[Tensor, QParams]:
         """x and its scales in shapes that broadcast: x itself, or viewed as blocks."""
         qparams = self.qparams_for(x)
-        if all(p in (1, n) for p, n in zip(qparams.scale.shape, x.shape, strict=False)):
+        params = qparams.scale.shape
+        if len(params) == 0 or all(p in (1, n) for p, n in zip(params, x.shape, strict=False)):
             return x, qparams
-        shape = [size for p in qparams.scale.shape for size in (p, 1)]
+        shape = [size for p in params for size in (p, 1)]
         scale, zero_point = qparams.scale.view(shape), qparams.zero_point.view(shape)
         return split(x, self.scheme.granularity.block_shape(tuple(x.shape))), QParams(scale, zero_point, qparams.levels)
 
@@ -263,10 +264,12 @@ class Quantizer(nn.Module):
     @property
     def product_scale(self) -> Tensor | None:
         """What an integer of this site is worth, one or one for each output channel; None where there is no such."""
-        if self.dynamic or self.grid.step is None:
+        scale, step = self.scale, self.grid.step
+        if self.dynamic or step is None:
             return None
-        one_each = self.is_weight and self.scale.numel() == self.scale.shape[0] == self.shape[0]
-        return self.scale.flatten() * self.grid.step if self.scale.numel() == 1 or one_each else None
+        if scale.numel() != 1 and not (self.is_weight and scale.numel() == scale.shape[0] == self.shape[0]):
+            return None
+        return scale.flatten() if step == 1 else scale.flatten() * step
 
     @torch.no_grad()
     def prepare_export(self, x: Tensor | None = None) -> None:
