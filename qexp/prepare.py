@@ -188,7 +188,7 @@ def _with_additions(net: nn.Module, data: pl.LightningDataModule, recipe: Recipe
 def blamed(error: ValueError) -> str:
     """What the quantization core says of a layer, after the name of the group that can mend it."""
     text = str(error)
-    if text.startswith("exclude"):
+    if text.startswith(("exclude", "layers")):
         return f"quantizer.{text}"
     about_blocks = " blocks " in text or "a tensor of shape" in text
     return f"{'granularity' if about_blocks else 'quantizer'}: {text}"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -50,6 +50,7 @@ class Settings:
         bits = "W{}A{}".format(*(grid.bits for grid in grids))
         if not all(isinstance(grid, IntegerGrid) for grid in grids):
             bits = "+".join(grid.format for grid in grids)
+        bits += "*" if recipe.layers else ""  # not in all layers
         if self.method == "fp32":
             return f"{choice} fp32 s{self.seed}"
         tuned = "" if self.finetune is None else f" {self.config['finetune']['name']}"
@@ -58,14 +59,14 @@ class Settings:
 
 # What a config of the user's own may leave out.
 OPTIONAL = [
-    ("calibration", "logits", None), ("engine", "required", False), ("trainer", "devices", 1),
+    ("quantizer", "layers", {}), ("calibration", "logits", None), ("engine", "required", False), ("trainer", "devices", 1),
     ("trainer", "precision", "32-true"),
 ]  # fmt: skip
 OPTIONAL_KEYS = {"compiled": False, "flatness": False, "store": "resume"}  # the same for keys without a section
 # Every section with the keys it may hold; None: the keys are those of its _target_.
 SECTIONS: dict[str, tuple[str, ...] | None] = {
     "method": ("name",),
-    "quantizer": ("weight", "activation", "exclude"),
+    "quantizer": ("weight", "activation", "exclude", "layers"),
     "granularity": ("weight", "activation"),
     "calibration": ("weight", "activation", "logits"),
     "rounding": ("weight", "activation"),
@@ -250,10 +251,36 @@ def _recipe(plain: dict[str, Any], made: dict[str, Any]) -> Recipe:
         return Recipe(
             **schemes,
             exclude=tuple(exclude),
+            layers=tuple(_layers(plain, schemes["weight"], made)),
             logits=None if logits is None else _built(plain, "calibration", "logits", Calibration, made),
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def _layers(plain: dict[str, Any], usual: Scheme, made: dict[str, Any]) -> Iterator[tuple[str, Scheme]]:
+    """What quantizer.layers says of single weights: options of quantizer.weight, below the names of layers."""
+    section = plain["quantizer"]["layers"]
+    if not isinstance(section, dict):
+        raise ConfigError(f"quantizer.layers={section!r}: must be a section, as in {{stem.conv: {{bits: 4}}}}")
+    for name, options in _leaves(section, ""):
+        key = f"quantizer.layers.{name}"
+        if not isinstance(options, dict):
+            raise ConfigError(f"{key}={options!r}: must name a layer and an option, as in quantizer.layers.stem.bits=4")
+        grid = _once(plain["quantizer"]["weight"] | options, key, made)
+        if not isinstance(grid, Grid):
+            raise ConfigError(f"{key}._target_={options['_target_']}: must be a Grid, not {type(grid).__name__}")
+        yield name, replace(usual, grid=grid)
+
+
+def _leaves(node: dict[str, Any], name: str) -> Iterator[tuple[str, Any]]:
+    """Layer -> options, of a section nested by the parts of their names."""
+    options = {key: value for key, value in node.items() if not isinstance(value, dict)}
+    if options:
+        yield (name, options) if name else next(iter(options.items()))
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{name}.{key}" if name else str(key))
 
 
 def _scheme(plain: dict[str, Any], tensor: str, made: dict[str, Any]) -> Scheme:

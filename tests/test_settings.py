@@ -254,3 +254,19 @@ def test_blocks_that_do_not_fit_are_blamed_on_the_granularity(granularity):
 def test_the_sentence_about_a_rounding_that_no_engine_has_is_one():
     recipe = Recipe(activation=Scheme(rounding=Floor()))
     assert recipe.simulation_only == "activations are rounded by floor, while engines round half to even"
+
+
+def test_weights_of_single_layers_have_formats_of_their_own():
+    given = ["+quantizer.layers.stem.conv.bits=4", "+quantizer.layers.stage1.0.conv1.convention=full_range"]
+    (job,) = compose_jobs(given, multirun=False)
+    recipe = job.settings.recipe
+    grids = [recipe.weight_of(name).grid for name in ("stem.conv", "stage1.0.conv1", "head")]
+    assert [(grid.bits, grid.convention) for grid in grids] == [(4, "restricted"), (8, "full_range"), (8, "restricted")]
+    assert job.settings.label.startswith("resnet8 W8A8* ")
+    for wrong, sentence in {
+        "+quantizer.layers.stem=4": "quantizer.layers.stem=4: must name a layer and an option",
+        "+quantizer.layers.stem.conv.foo=4": "quantizer.layers.stem.conv.foo=4: qexp.quant.grid.IntegerGrid has no such",
+        "+quantizer.layers.stem.conv.bits=99": "quantizer.layers.stem.conv.bits=99: allowed are the integers",
+    }.items():
+        with pytest.raises(ConfigError, match=sentence):
+            compose_jobs([wrong], multirun=False)

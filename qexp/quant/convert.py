@@ -88,7 +88,9 @@ def quantize_(
             if site != "output" or name in outputs:
                 _add_quantizer(module, f"{name}.{site}", recipe.activation, shapes)
         if hasattr(module, "weight"):
-            module.weight_quantizer = Quantizer(recipe.weight, module.weight.shape, f"{name}.weight", is_weight=True)
+            module.weight_quantizer = Quantizer(
+                recipe.weight_of(name), module.weight.shape, f"{name}.weight", is_weight=True
+            )
             module.bias_quantizer = BiasQuantizer()
     if logits is not None:
         layer = model.get_submodule(logits)
@@ -113,9 +115,10 @@ def targets(model: nn.Module, recipe: Recipe) -> Iterator[tuple[str, nn.Module]]
 def refuse_unquantizable(model: nn.Module, recipe: Recipe, shapes: Shapes | None = None) -> None:
     """Raise ValueError for what `quantize_` could not do, naming the layer; costs no compute."""
     names = [name for name, _ in model.named_modules() if name]
-    for pattern in recipe.exclude:
-        if not fnmatch.filter(names, pattern):
-            raise ValueError(f"exclude={pattern!r}: matches no layer of {type(model).__name__}")
+    for key, patterns in ("exclude", recipe.exclude), ("layers", [pattern for pattern, _ in recipe.layers]):
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                raise ValueError(f"{key}={pattern!r}: matches no layer of {type(model).__name__}")
     for name, module in model.named_modules():
         if recipe.excludes(name):
             continue
@@ -140,7 +143,7 @@ def refuse_unquantizable(model: nn.Module, recipe: Recipe, shapes: Shapes | None
         raise ValueError(f"{type(model).__name__} has no layer to quantize; known are {known}")
     for name, module in found:
         if hasattr(module, "weight"):
-            _require_blocks(f"{name}.weight", recipe.weight, module.weight.shape)
+            _require_blocks(f"{name}.weight", recipe.weight_of(name), module.weight.shape)
         for site in QUANTIZED[type(module)][1]:
             if f"{name}.{site}" in (shapes or {}):
                 _require_blocks(f"{name}.{site}", recipe.activation, shapes[f"{name}.{site}"])

@@ -47,6 +47,7 @@ class Scheme:
 class Recipe:
     """Which layers get which quantizers; layers whose name fits `exclude` (`stem`, `*.conv1`) stay in float.
 
+    `layers` gives weights of some layers a scheme of their own, by name or pattern; of two that fit, the last counts.
     `logits` is a calibration for the output of the last layer, which stays in float without it. Errors: ValueError
     for a calibration that cannot serve a format.
     """
@@ -55,6 +56,7 @@ class Recipe:
     activation: Scheme = field(default_factory=lambda: Scheme(IntegerGrid(8, "affine")))
     exclude: tuple[str, ...] = ()
     logits: Calibration | None = None
+    layers: tuple[tuple[str, Scheme], ...] = ()
 
     def __post_init__(self) -> None:
         for tensor, scheme in ("weight", self.weight), ("activation", self.activation):
@@ -89,6 +91,19 @@ class Recipe:
 
     def excludes(self, name: str) -> bool:
         """Whether this layer, or a module that holds it, stays in float by the user's wish."""
-        parts = name.split(".")
-        holders = [".".join(parts[: i + 1]) for i in range(len(parts))]
-        return any(fnmatch.fnmatchcase(holder, pattern) for holder in holders for pattern in self.exclude)
+        return any(_fits(name, pattern) for pattern in self.exclude)
+
+    def weight_of(self, name: str) -> Scheme:
+        """The scheme of a layer's weight.
+
+        >>> recipe = Recipe(layers=(("stem", Scheme(IntegerGrid(4))),))
+        >>> [recipe.weight_of(name).grid.bits for name in ("stem.conv", "head")]
+        [4, 8]
+        """
+        return next((scheme for pattern, scheme in reversed(self.layers) if _fits(name, pattern)), self.weight)
+
+
+def _fits(name: str, pattern: str) -> bool:
+    """Whether a pattern means this layer, or a module that holds it."""
+    parts = name.split(".")
+    return any(fnmatch.fnmatchcase(".".join(parts[: i + 1]), pattern) for i in range(len(parts)))

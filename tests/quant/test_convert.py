@@ -344,3 +344,12 @@ def test_weights_rounded_at_random_stay_the_same_in_a_network_that_is_evaluated(
         net(x)
     assert not any(module.training for module in net.modules())
     assert torch.equal(net(x), net(x))
+
+
+def test_single_layers_have_weights_of_their_own_format():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 2))
+    own = (("0", Scheme(IntegerGrid(4))), ("1", Scheme(IntegerGrid(3))), ("1.0", Scheme(IntegerGrid(2))))
+    quantize_(model, Recipe(layers=own))
+    assert [layer.weight_quantizer.scheme.grid.bits for _, layer in layers(model)] == [4, 2, 8]
+    with pytest.raises(ValueError, match="layers='nope': matches no layer of Sequential"):
+        quantize_(nn.Sequential(nn.Linear(4, 4)), Recipe(layers=(("nope", Scheme()),)))
