@@ -109,11 +109,17 @@ def _sweep(call: Call) -> int:
     from qexp.report import terminal
     from qexp.sweep import failures, run_sweep, show
 
-    board = run_sweep(call)
-    show(call, board)
+    if call.space is None:
+        board, folder = run_sweep(call)
+    else:
+        from qexp.search import run_search, show_front
+
+        call, board, folder = run_search(call)
+        show_front(call, folder)
+    show(call, board, folder)
     failed = failures(call.jobs, board)
-    for label, why, log in failed.values():
-        terminal.console.print(f"qexp: {label}: {why}{_see(log)}", markup=False, soft_wrap=True)
+    for name, why, log in failed.values():
+        terminal.console.print(f"qexp: {name}: {why}{_see(log)}", markup=False, soft_wrap=True)
     if failed:
         runs = len({job.run_id for job in call.jobs})
         _complain(f"{len(failed)} of {runs} runs failed; the same command tries them again")

@@ -37,6 +37,11 @@ class Job:
         return run_id(self.settings.config)
 
     @property
+    def name(self) -> str:
+        """What tells it from the other jobs of its sweep, or what it is."""
+        return " ".join(f"{key}={value}" for key, value in self.choice.items()) or self.settings.label
+
+    @property
     def kind(self) -> tuple[Any, ...]:
         """What its cost depends on most."""
         config, plan = self.settings.config, self.settings.finetune
@@ -53,15 +58,58 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Space:
+    """The keys of a sweep with the values that the command line and an experiment file give them, in their order."""
+
+    overrides: dict[str, Override]
+    chosen: dict[str, str] = field(default_factory=dict)  # what else tells its jobs from others of the call
+    _composer: Composer = field(default_factory=Composer, repr=False)
+    _made: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def varied(self) -> list[str]:
+        """The keys that have several values."""
+        return [key for key, override in self.overrides.items() if override.is_sweep_override()]
+
+    def values(self, key: str) -> list[str]:
+        """Those of one key. Errors: ConfigError for an interval."""
+        override = self.overrides[key]
+        if not override.is_sweep_override():
+            return [override.get_value_element_as_str()]
+        if not override.is_discrete_sweep():
+            raise ConfigError(f"{override.input_line}: has no list of values; hydra/sweeper=optuna searches intervals")
+        return list(override.sweep_string_iterator())
+
+    def job(self, choice: dict[str, str]) -> Job:
+        """The job of one value for each varied key. Errors: ConfigError."""
+        texts = [
+            f"{key}={choice[key] if key in choice else override.get_value_element_as_str()}"
+            for key, override in self.overrides.items()
+        ]
+        return Job(self.chosen | choice, settings(self._composer.compose(texts), self._made), tuple(texts))
+
+    def grid(self, together: Any) -> list[Job]:
+        """Every combination; keys of a group in `together` take their first values together, their second ones, ..."""
+        return [
+            self.job({key: value for part in combination for key, value in part.items()})
+            for combination in itertools.product(*_axes(self, together))
+        ]
+
+
+@dataclass(frozen=True)
 class Call:
     """What one command line asks for."""
 
     jobs: list[Job]
     is_sweep: bool = False
     experiment: str | None = None  # the one that was chosen
-    hydra: DictConfig = field(default_factory=OmegaConf.create)  # with the sections launcher and sweeper
-    master: DictConfig | None = None  # the whole config of the call, which launchers of others compose jobs from
-    fixed: tuple[str, ...] = ()  # overrides that hold for every job
+    master: DictConfig | None = None  # the config of a sweep with Hydra's part, which says where it runs
+    space: Space | None = None  # of a search, whose jobs are those of each value once
+
+    @property
+    def hydra(self) -> DictConfig:
+        """The sections launcher and sweeper, and what was chosen."""
+        return self.master.hydra
 
 
 def compose_call(overrides: list[str], multirun: bool, config_dir: str | None = None) -> Call:
@@ -70,32 +118,59 @@ def compose_call(overrides: list[str], multirun: bool, config_dir: str | None = 
     given = parsed(overrides)
     _refuse_without_effect(given)
     fixed = [str(override.input_line) for override in given if not override.is_sweep_override()]
-    varied = [override for override in given if override.is_sweep_override()]
     first = composed(fixed, return_hydra_config=True)
     if not multirun and first.hydra.mode != RunMode.MULTIRUN:
-        if varied:
-            raise ConfigError(f"{varied[0].input_line}: several values are a sweep, which needs -m (--multirun)")
+        for override in given:
+            if override.is_sweep_override():
+                raise ConfigError(f"{override.input_line}: several values are a sweep, which needs -m (--multirun)")
         config = OmegaConf.masked_copy(first, [key for key in first if key != "hydra"])
         return Call([Job({}, settings(config), tuple(fixed))])
-    of_jobs = [override for override in given if not _is_of_the_call(override)]
-    experiments = [override for override in varied if override.get_key_element() == "experiment"]
-    if not experiments:
-        jobs = _expanded(first, of_jobs)
-    else:  # each brings a grid of its own
-        jobs, others = [], [override for override in of_jobs if override not in experiments]
-        for name in experiments[-1].sweep_string_iterator():
-            own = composed([*fixed, f"experiment={name}"], return_hydra_config=True)
-            if own.hydra.launcher != first.hydra.launcher:
-                raise ConfigError(f"experiment={name}: has a launcher of its own; choose one for all (hydra/launcher=)")
-            jobs += _expanded(own, [*parsed([f"experiment={name}"]), *others], {"experiment": name})
-    chosen = None if experiments else first.hydra.runtime.choices.get("experiment")
-    kept = tuple(str(override.input_line) for override in of_jobs if override not in varied)
-    return Call(jobs, True, chosen, first.hydra, first, kept)
+    given = [override for override in given if not _is_of_the_call(override)]
+    experiments = next((o for o in given if o.get_key_element() == "experiment" and o.is_sweep_override()), None)
+    if experiments is not None:
+        return Call(_of_experiments(experiments, given, first, fixed), True, None, first)
+    chosen, space = first.hydra.runtime.choices.get("experiment"), _space(first, given)
+    if first.hydra.runtime.choices["hydra/sweeper"] == "optuna":
+        return Call(_probes(space), True, chosen, first, space)
+    return Call(space.grid(first.hydra.sweeper.get("together")), True, chosen, first)
 
 
 def compose_jobs(overrides: list[str], multirun: bool, config_dir: str | None = None) -> list[Job]:
     """The jobs of `compose_call`. Errors: ConfigError."""
     return compose_call(overrides, multirun, config_dir).jobs
+
+
+def _space(config: DictConfig, given: list[Override], chosen: dict[str, str] | None = None) -> Space:
+    """The parameters of an experiment file and of the command line, which wins."""
+    params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+    return Space({override.get_key_element(): override for override in [*parsed(params), *given]}, chosen or {})
+
+
+def _of_experiments(several: Override, given: list[Override], first: DictConfig, fixed: list[str]) -> list[Job]:
+    """The grids of several experiment files, each with its own parameters."""
+    jobs, others = [], [override for override in given if override is not several]
+    for name in several.sweep_string_iterator():
+        this = f"experiment={name}"
+        config = composed([*fixed, this], return_hydra_config=True)
+        if config.hydra.launcher != first.hydra.launcher:
+            raise ConfigError(f"{this}: has a launcher of its own; choose one for all with hydra/launcher=")
+        space = _space(config, [*parsed([this]), *others], {"experiment": name})
+        jobs += space.grid(config.hydra.sweeper.get("together"))
+    return jobs
+
+
+def _probes(space: Space) -> list[Job]:
+    """Each value of a search once, with the first ones of the other keys: what can be checked before it."""
+    values = {key: _some_values(space, key) for key in space.varied}
+    first = {key: of_key[0] for key, of_key in values.items()}
+    return [space.job(first), *(space.job(first | {key: each}) for key in values for each in values[key][1:])]
+
+
+def _some_values(space: Space, key: str) -> list[str]:
+    override = space.overrides[key]
+    if override.is_discrete_sweep():
+        return space.values(key)
+    return [str(override.value().start), str(override.value().end)]
 
 
 def _is_of_the_call(override: Override) -> bool:
@@ -114,39 +189,15 @@ def _refuse_without_effect(given: list[Override]) -> None:
             raise ConfigError(f"{override.input_line}: a sweep has one")
 
 
-def _expanded(first: DictConfig, overrides: list[Override], more: dict[str, str] | None = None) -> list[Job]:
-    """The grid of an experiment file and of the command line, which wins: every combination of what is varied.
-
-    Keys named in hydra.sweeper.together vary as one: the first values of each, the second ones, and so on.
-    """
-    params = [f"{key}={value}" for key, value in (first.hydra.sweeper.get("params") or {}).items()]
-    last = {override.get_key_element(): override for override in [*parsed(params), *overrides]}
-    values = {key: _values(override) for key, override in last.items()}
-    varied = {key for key, override in last.items() if override.is_sweep_override()}
-    composer, made, jobs = Composer(), {}, []
-    for combination in itertools.product(*_axes(values, varied, first.hydra.sweeper.get("together"))):
-        line = {key: value for part in combination for key, value in part.items()}
-        texts = [f"{key}={line[key]}" for key in values]  # in the order in which they were given
-        choice = (more or {}) | {key: line[key] for key in values if key in varied}
-        jobs.append(Job(choice, settings(composer.compose(texts), made), tuple(texts)))
-    return jobs
-
-
-def _values(override: Override) -> list[str]:
-    if not override.is_sweep_override():
-        return [override.get_value_element_as_str()]
-    if not override.is_discrete_sweep():
-        raise ConfigError(f"{override.input_line}: has no list of values; hydra/sweeper=optuna searches intervals")
-    return list(override.sweep_string_iterator())
-
-
-def _axes(values: dict[str, list[str]], varied: set[str], together: Any) -> list[list[dict[str, str]]]:
-    """One axis for each key, or for all keys of a group that vary together. Errors: ConfigError."""
+def _axes(space: Space, together: Any) -> list[list[dict[str, str]]]:
+    """One axis for each varied key, or for all keys of a group that vary together. Errors: ConfigError."""
+    values = {key: space.values(key) for key in space.varied}
     groups = [list(keys) for keys in together or []]
     told = f"hydra.sweeper.together={groups}"
     for keys in groups:
-        if unknown := [key for key in keys if key not in varied]:
-            raise ConfigError(f"{told}: {unknown[0]} has no list of values; those that have are {_listed(varied)}")
+        if unknown := [key for key in keys if key not in values]:
+            listed = ", ".join(values) or "none"
+            raise ConfigError(f"{told}: {unknown[0]} has no list of values; those that have are {listed}")
         if len({len(values[key]) for key in keys}) != 1:
             counts = ", ".join(f"{key} has {len(values[key])}" for key in keys)
             raise ConfigError(f"{told}: keys that vary together need equally many values, but {counts}")
@@ -156,10 +207,6 @@ def _axes(values: dict[str, list[str]], varied: set[str], together: Any) -> list
     group_of = {key: keys for keys in groups for key in keys}
     axes = [group_of.get(key, [key]) for key in values if key == group_of.get(key, [key])[0]]
     return [[dict(zip(keys, row, strict=True)) for row in zip(*map(values.get, keys), strict=True)] for keys in axes]
-
-
-def _listed(names: set[str]) -> str:
-    return ", ".join(sorted(names)) or "none"
 
 
 def require_places(jobs: list[Job]) -> None:

@@ -32,8 +32,8 @@ def distinct(jobs: list[Job]) -> list[Job]:
     return list({job.run_id: job for job in jobs}.values())
 
 
-def run_sweep(call: Call) -> Board:
-    """Run what is not finished, and write the record of the sweep below paths.outputs.
+def run_sweep(call: Call) -> tuple[Board, Path]:
+    """Run what is not finished, and write the record of the sweep below paths.outputs, whose folder comes back.
 
     Errors: ConfigError for a job or a launcher that cannot be, before any job starts.
     """
@@ -45,8 +45,7 @@ def run_sweep(call: Call) -> Board:
         launcher.launch(missing, board, patient=False)
         if busy := board.later():  # other processes are at these: wait for them, and take over what they leave
             launcher.launch(busy, board, patient=True)
-    write_record(call)
-    return board
+    return board, write_record(call, sweep_id(call.jobs))
 
 
 def to_run(jobs: list[Job]) -> list[Job]:
@@ -72,13 +71,12 @@ def mark(jobs: list[Job], identity: str) -> None:
             tags.append(f"sweep-{identity}")
 
 
-def write_record(call: Call) -> Path:
+def write_record(call: Call, identity: str, more: dict[str, Any] | None = None) -> Path:
     """sweep.json, which says what the sweep is, and results.json, the same to the byte however often it was killed."""
-    identity = sweep_id(call.jobs)
     folder = call.jobs[0].outputs / "sweeps" / identity
     runs = [{"run_id": job.run_id, "label": job.settings.label, "choice": job.choice} for job in call.jobs]
     varied = list(dict.fromkeys(key for job in call.jobs for key in job.choice))
-    told = {"sweep_id": identity, "experiment": call.experiment, "varied": varied, "runs": runs}
+    told = {"sweep_id": identity, "experiment": call.experiment, "varied": varied, "runs": runs} | (more or {})
     replace_text(folder / "sweep.json", json.dumps(told, indent=2) + "\n")
     rows = [row | _came_of(job) for row, job in zip(runs, call.jobs, strict=True)]
     replace_text(folder / "results.json", json.dumps(rows, indent=2, sort_keys=True) + "\n")
@@ -107,16 +105,16 @@ def lasting(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def failures(jobs: list[Job], board: Board) -> dict[str, tuple[str, str, Path]]:
-    """run_id -> label, sentence and log of each job that failed now, or has no result."""
+    """run_id -> name, sentence and log of each job that failed now, or has no result."""
     failed = {}
     for job in distinct(jobs):
         if job.run_id in board.failed or job.finished() is None:
             why = board.failed.get(job.run_id) or failure(job.outputs, job.run_id) or "was not run"
-            failed[job.run_id] = job.settings.label, why, log_file(job.outputs, job.run_id)
+            failed[job.run_id] = job.name, why, log_file(job.outputs, job.run_id)
     return failed
 
 
-def show(call: Call, board: Board) -> None:
+def show(call: Call, board: Board, folder: Path) -> None:
     """The table of a sweep, and where to look."""
     jobs = call.jobs
     rows = []
@@ -129,7 +127,6 @@ def show(call: Call, board: Board) -> None:
     if len(rows) <= MOST_ROWS:
         terminal.output.print(terminal.sweep_table(rows))
         terminal.output.print(f"formats of weights and activations: {_formats(jobs)}", markup=False)
-    folder = jobs[0].outputs / "sweeps" / sweep_id(jobs)
     terminal.output.print(f"results in {folder}; compare them with: qexp compare {folder}", markup=False)
 
 
@@ -152,8 +149,7 @@ def dry_run(call: Call) -> int:
     for job in jobs:
         state = "finished" if job.run_id not in missing else "failed before" if _failed(job) else "to run"
         cost = known.guess(job.kind) if job.run_id in missing else None
-        told = ", ".join(f"{key}={value}" for key, value in job.choice.items()) or job.settings.label
-        table.add_row(job.run_id, escape(told), state, "" if cost is None else f"{cost:.1f} s")
+        table.add_row(job.run_id, escape(job.name), state, "" if cost is None else f"{cost:.1f} s")
     terminal.output.print(table)
     workers = launcher_of(call).at_once(to_run(jobs)) if call.is_sweep else 1
     guesses = [known.guess(job.kind) for job in jobs if job.run_id in missing]

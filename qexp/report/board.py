@@ -64,13 +64,18 @@ class Board:
     def __exit__(self, *_: object) -> None:
         self._stop_drawing()
 
+    def add(self, jobs: list[Any]) -> None:
+        """More jobs to run."""
+        self.left += jobs
+        self.total += len(jobs)
+
     def started(self, job: Any, live: bool = True) -> None:
         """A job runs now; `live` draws the board, which a job that writes to this terminal would disturb."""
         self.left.remove(job)
         self._running[job.run_id] = job, time.perf_counter()
         if not live:
             number = self.total - len(self.left)
-            terminal.console.print(f"[bold]run {number} of {self.total}[/bold]  {escape(job.settings.label)}")
+            terminal.console.print(f"[bold]run {number} of {self.total}[/bold]  {escape(job.name)}")
         elif self._draws and self._live is None:
             self._live = Live(console=terminal.console, get_renderable=self._table, refresh_per_second=4)
             self._live.start()
@@ -92,7 +97,7 @@ class Board:
                 self.costs.add(job.kind, seconds)
         if self._live is None or outcome == "failed":
             ended = self.done + len(self.failed)
-            said = f"{ENDED.get(outcome, outcome)}  {escape(job.settings.label)}"
+            said = f"{ENDED.get(outcome, outcome)}  {escape(job.name)}"
             told = f": {escape(attempt.sentence)}" if attempt.sentence else f"{self._to_go(', ')}"
             terminal.console.print(f"[dim]{seconds:6.1f} s[/dim]  {ended}/{self.total} {said}{told}", soft_wrap=True)
 
@@ -133,7 +138,7 @@ class Board:
         table.add_column(no_wrap=True, overflow="ellipsis")
         now = time.perf_counter()
         for job, since in self._running.values():
-            table.add_row(f"{now - since:6.1f} s", escape(job.settings.label))
+            table.add_row(f"{now - since:6.1f} s", escape(job.name))
         return Group(counts, table)
 
     def _stop_drawing(self) -> None:

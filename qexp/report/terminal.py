@@ -271,24 +271,25 @@ SWEEP_COLUMNS = {
 SPARED = ["KiB", "codes = %", "int8 MACs %", "SQNR dB", "fp32 %", "fp32 tuned %", "PTQ %"]
 
 
-def sweep_table(rows: list[dict[str, Any]], console: Console = output) -> Table:
+def sweep_table(rows: list[dict[str, Any]], console: Console = output, title: str | None = None) -> Table:
     """Several runs, one a row; columns are the choices that vary and the figures that matter most."""
+    title = title or f"{len(rows)} runs"
     known = [row["metrics"].get for row in rows if row["metrics"] is not None]
     filled = [heading for heading, cell in SWEEP_COLUMNS.items() if any(map(cell, known))] or ["quant %"]
     spared = [heading for heading in SPARED if heading in filled]
     unbounded = console.options.update(max_width=10_000)
     for count in range(len(spared) + 1):
-        table = _sweep_table(rows, filled, spared[:count])
+        table = _sweep_table(rows, filled, spared[:count], title)
         if console.measure(table, options=unbounded).maximum <= console.width:
             break
     return table
 
 
-def _sweep_table(rows: list[dict[str, Any]], filled: list[str], spared: list[str]) -> Table:
+def _sweep_table(rows: list[dict[str, Any]], filled: list[str], spared: list[str], title: str) -> Table:
     varied = list(dict.fromkeys(key for row in rows for key in row["choice"]))
     shown = [heading for heading in filled if heading not in spared]
     table = Table(
-        title=f"{len(rows)} runs", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False,
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False,
         caption=f"a wider terminal also shows {', '.join(spared)}" if spared else None, collapse_padding=True,
     )  # fmt: skip
     for key in varied:

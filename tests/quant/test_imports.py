@@ -25,6 +25,7 @@ ORDER = [
     {"attempt", "composing", "jobs"},
     {"launch"},
     {"sweep"},
+    {"search"},
     {"cli", "levels_cli", "flatness_cli", "compare_cli", "__main__"},
 ]
 # fmt: on
