@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> int:
         from qexp.report.comparison_page import page
 
         path = Path(given.html or outputs_of(given.folders[0]) / "compare.html")
-        _write(path, page(groups, metrics, papers, records, str(given.folders[0])), f"--html={path}")
+        _write(path, page(groups, metrics, papers, records, ", ".join(map(str, given.folders))), f"--html={path}")
         output.print(f"page in {path}", markup=False)
     return _complain(records)
 

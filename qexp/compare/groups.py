@@ -39,9 +39,6 @@ class Mean:
     half: float | None = None
 
 
-Unmeant = Mean(0, None)
-
-
 def mean_of(values: Iterable[float | None], share: float = SHARE) -> Mean:
     """The mean of values with its interval.
 
@@ -86,8 +83,15 @@ class Group:
 
     @property
     def name(self) -> str:
-        """Its settings in a row."""
-        return " ".join(self.settings.values()) or "all runs"
+        """Its settings in a row; a bare number says what it is of.
+
+        >>> Group({"calibration": "MinMax", "quantizer.bits": "8"}, []).name
+        'MinMax, bits 8'
+        """
+        said = [
+            f"{key.rpartition('.')[2]} {text}" if text[:1].isdigit() else text for key, text in self.settings.items()
+        ]
+        return ", ".join(said) or "all runs"
 
     @cached_property
     def choice(self) -> dict[str, str]:
@@ -221,9 +225,9 @@ def natural(text: str) -> list[tuple[int, float, str]]:
     return [(0, float(part), "") if part[0].isdigit() else (1, 0.0, part) for part in parts]
 
 
-def seeds_of(runs: Iterable[Run]) -> list[Any]:
+def seeds_of(runs: Iterable[Run]) -> list[str]:
     """The seeds of runs, each once."""
-    return sorted(dict.fromkeys(run.config.get("seed") for run in runs), key=lambda seed: natural(str(seed)))
+    return sorted({brief(run.config.get("seed")) for run in runs}, key=natural)
 
 
 def mixed(groups: Iterable[Group]) -> bool:

@@ -136,11 +136,21 @@ def _of_sweep(folder: Path, records: Records) -> list[tuple[Path, dict[str, Any]
         why = str(error) if isinstance(error, _Damaged) else f"it is no record of a sweep ({error})"
         raise ConfigError(f"{folder / 'sweep.json'}: {why}") from None
     records.sweeps.append(sweep)
+    failed = _failed(folder / "results.json")
     for path, entry in listed:
         if not path.is_dir():
             label = f" ({entry['label']})" if entry.get("label") else ""
-            records.missing.append(f"{entry['run_id']}{label}: sweep {sweep.sweep_id} lists it, {path} is not there")
+            why = failed.get(path.name, f"{path} is not there")
+            records.missing.append(f"{path.name}{label}: sweep {sweep.sweep_id} lists it, {why}")
     return [(path, entry) for path, entry in listed if path.is_dir()]
+
+
+def _failed(path: Path) -> dict[str, str]:
+    """Why runs of a sweep have no result, where it says so."""
+    try:
+        return {row["run_id"]: row["failed"] for row in json.loads(path.read_text()) if "failed" in row}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
 
 
 def _word(value: Any) -> str:
@@ -152,9 +162,12 @@ def read_run(folder: Path, entry: dict[str, Any]) -> Run:
     metrics = _json(folder / "metrics.json")
     if metrics.get("status") != "finished":
         raise _Damaged(f"its status is {metrics.get('status')!r}, not finished")
-    environment = folder / "environment.json"
+    path = folder / "environment.json"
+    environment = _json(path) if path.exists() else {}
+    if not isinstance(environment.get("versions", {}), dict):
+        raise _Damaged("environment.json is damaged (its versions are no mapping)")
     return Run(
-        folder, _yaml(folder / "config.yaml"), metrics, _json(environment) if environment.exists() else {},
+        folder, _yaml(folder / "config.yaml"), metrics, environment,
         _csv(folder / "layers.csv", {"site", "kind", "sqnr_db"}), _csv(folder / "finetune.csv", {"epoch"}),
         dict(entry.get("choice", {})),
     )  # fmt: skip
@@ -165,7 +178,15 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _yaml(path: Path) -> dict[str, Any]:
-    return _mapping(path, _parsed(path, lambda text: yaml.load(text, _Loader)))
+    def parse(text: str) -> Any:
+        content = yaml.load(text, _Loader)
+        try:
+            json.dumps(content, sort_keys=True)
+        except TypeError as error:  # a date, say, which no config holds
+            raise ValueError(str(error)) from None
+        return content
+
+    return _mapping(path, _parsed(path, parse))
 
 
 def _csv(path: Path, needed: set[str]) -> list[dict[str, str]]:

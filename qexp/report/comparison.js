@@ -23,9 +23,6 @@ const element = (tag, text = "", className = "") => {
 const collator = new Intl.Collator("en", {numeric: true});
 const rows = () => page[state.mode];
 const settings = () => state.mode === "runs" ? [...page.settings, "seed"] : page.settings;
-// A bare number says what it is of.
-const nameOf = row => row.settings.map((text, i) => /^[\d.]/.test(text) ? `${settings()[i].split(".").at(-1)} ${text}` : text)
-  .join(" · ") || "all runs";
 const mean = (row, metric) => row.figures[metric]?.[1] ?? null;
 const half = (row, metric) => row.figures[metric]?.[2] ?? 0;
 
@@ -106,7 +103,7 @@ function tableRow(index, of) {
   const button = document.createElement("button"), place = state.chosen.indexOf(index);
   button.type = "button";
   button.ariaPressed = String(place >= 0);
-  button.ariaLabel = `Choose ${nameOf(row)}`;
+  button.ariaLabel = `Choose ${row.name}`;
   button.append(dot(place));
   mark.append(button);
   made.append(mark);
@@ -156,7 +153,7 @@ function drawChips() {
     const chip = element("button", "", "chip");
     chip.type = "button";
     chip.title = "Click to let go";
-    chip.append(dot(place), nameOf(rows()[index]));
+    chip.append(dot(place), rows()[index].name);
     chip.onclick = () => choose(index);
     return chip;
   }));
@@ -221,9 +218,9 @@ function drawFront() {
   const cost = page.metrics[state.cost], gain = page.metrics[page.gain];
   const points = shownRows().map(index => {
     const row = rows()[index];
-    const text = [nameOf(row), `${gain.heading}  ${row.figures[page.gain]?.[0]}`, `${cost.heading}  ${row.figures[state.cost]?.[0]}`, row.about];
+    const text = [row.name, `${gain.heading}  ${row.figures[page.gain]?.[0]}`, `${cost.heading}  ${row.figures[state.cost]?.[0]}`, row.about];
     return {index, x: mean(row, state.cost), y: mean(row, page.gain), dx: half(row, state.cost), dy: half(row, page.gain),
-      name: nameOf(row), text: text.map(plain).join("<br>"), place: state.chosen.indexOf(index)};
+      name: row.name, text: text.map(plain).join("<br>"), place: state.chosen.indexOf(index)};
   }).filter(point => point.x !== null && point.y !== null);
   const best = front(points), isBest = new Set(best.map(point => point.index));
   const trace = (of, style) => ({
@@ -299,7 +296,7 @@ function drawLayers() {
     const kept = details.sites[found.sites].map(([site, of], i) => ({site, of, i})).filter(({of}) => !kind || of === kind);
     kept.forEach(({site}) => names.add(site));
     const y = kept.map(({i}) => found.sqnr[i]), bars = kept.map(({i}) => found.half?.[i] ?? 0);
-    const label = plain(nameOf(rows()[index]));
+    const label = plain(rows()[index].name);
     return {
       type: "scatter", mode: "lines+markers", x: kept.map(({site}) => plain(site)), y, hoverinfo: "text",
       hovertext: kept.map(({site}, i) => `${plain(site)}<br>${label}<br>${y[i]?.toFixed(1)} dB${bars[i] ? ` ± ${bars[i]}` : ""}`),
@@ -319,7 +316,7 @@ function drawCurves() {
   const traces = chosen().flatMap(({index, place}) => runsOf(index).filter(run => run.curve?.[column]).map(run => ({
     type: "scatter", mode: "lines+markers", x: run.curve.epoch, y: run.curve[column], line: {color: colorOf(place), width: 1.5},
     marker: {size: 4, color: colorOf(place)}, hoverinfo: "text",
-    hovertext: run.curve[column].map((value, i) => `${plain(nameOf(rows()[index]))}<br>epoch ${run.curve.epoch[i]}: ${value}`),
+    hovertext: run.curve[column].map((value, i) => `${plain(rows()[index].name)}<br>epoch ${run.curve.epoch[i]}: ${value}`),
   })));
   draw("curves", traces, {
     xaxis: {title: {text: "epoch", standoff: 12}, dtick: Math.ceil(Math.max(1, ...traces.map(({x}) => x.length)) / 12)}, yaxis: {title: {text: plain(column), standoff: 12}}, height: 320,

@@ -65,16 +65,8 @@ def page_data(
     """What the template shows; below "rows" what the script does: a row for each group, and one for each run."""
     runs = runs_of(groups)
     figures = list(dict.fromkeys([*metrics, *(name for name in PLOTTED if any(has(run, name) for run in runs))]))
-    of_groups = [
-        {"settings": list(group.settings.values()), "n": len(group.runs), "about": _about(group.runs),
-         "figures": [_figure(name, group.mean(name), len(group.runs)) for name in figures]}
-        for group in groups
-    ]  # fmt: skip
-    of_runs = [
-        {"settings": [*group.settings.values(), str(run.config.get("seed", ""))], "id": run.run_id, "group": number,
-         "about": _about([run]), "figures": [_figure(name, _mean(run, name)) for name in figures]}
-        for number, group in enumerate(groups) for run in group.runs
-    ]  # fmt: skip
+    of_groups = [_group_row(group, figures) for group in groups]
+    of_runs = [_run_row(run, group, i, figures) for i, group in enumerate(groups) for run in group.runs]
     return {
         "title": title,
         "summary": summary(groups),
@@ -95,14 +87,27 @@ def page_data(
     }
 
 
+def _group_row(group: Group, figures: Sequence[str]) -> dict[str, Any]:
+    n = len(group.runs)
+    return {
+        "name": group.name, "settings": list(group.settings.values()), "n": n, "about": _about(group.runs),
+        "figures": [_figure(name, group.mean(name), n) for name in figures],
+    }  # fmt: skip
+
+
+def _run_row(run: Run, group: Group, number: int, figures: Sequence[str]) -> dict[str, Any]:
+    seed = brief(run.config.get("seed"))
+    values = [mean_of([value_of(run, name)] if has(run, name) else []) for name in figures]
+    return {
+        "name": f"{group.name}, seed {seed}", "settings": [*group.settings.values(), seed], "id": run.run_id,
+        "group": number, "about": _about([run]), "figures": list(map(_figure, figures, values)),
+    }  # fmt: skip
+
+
 def _about(runs: Sequence[Run]) -> str:
     """Where the runs were made."""
     commits = dict.fromkeys(str(run.environment.get("commit") or "unknown")[:7] for run in runs)
     return f"{'; '.join(dict.fromkeys(map(processor_of, runs)))}; commit {', '.join(commits)}"
-
-
-def _mean(run: Run, name: str) -> Mean:
-    return mean_of([value_of(run, name)] if has(run, name) else [])
 
 
 def _metric(name: str, in_table: bool) -> dict[str, Any]:

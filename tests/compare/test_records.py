@@ -43,7 +43,9 @@ def test_the_same_run_elsewhere_counts_once(make, tmp_path):
         ("metrics.json", None, "metrics.json is not there"),
         ("config.yaml", "a: [", "config.yaml is damaged"),
         ("config.yaml", None, "config.yaml is not there"),
+        ("config.yaml", "a: 2020-01-01", "config.yaml is damaged"),
         ("environment.json", "\0", "environment.json is damaged"),
+        ("environment.json", '{"versions": 1}', "environment.json is damaged"),
         ("layers.csv", "site,kind,sqnr_db\na,b\n", "layers.csv is damaged"),
         ("layers.csv", "a,b\n1,2\n", "layers.csv is damaged"),
         ("finetune.csv", "epoch,loss\n1,2,3\n", "finetune.csv is damaged"),
@@ -73,6 +75,8 @@ def test_a_sweep_lists_what_is_missing(make):
     (said,) = records.missing
     assert said.startswith("ffffffffffff (another): sweep sweep lists it")
     assert outputs_of(sweep).resolve() == make.outputs.resolve()
+    (sweep / "results.json").write_text('[{"run_id": "ffffffffffff", "failed": "it ran out of memory"}]')
+    assert read([sweep]).missing == ["ffffffffffff (another): sweep sweep lists it, it ran out of memory"]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"runs": 1, "sweep_id": "a"}', '{"runs": [{}], "sweep_id": "a"}'])
