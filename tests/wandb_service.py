@@ -60,8 +60,9 @@ class Service:
 
     def artifact(self, name: str) -> Artifact:
         """The one artifact of this name."""
-        (found,) = [artifact for artifact in self.artifacts.values() if artifact.name == name]
-        return found
+        found = [artifact for artifact in self.artifacts.values() if artifact.name == name]
+        assert len(found) == 1, (name, [artifact.name for artifact in self.artifacts.values()])
+        return found[0]
 
     def run(self, name: str) -> Run:
         return self.runs.setdefault(name, Run())

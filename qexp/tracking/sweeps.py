@@ -13,7 +13,7 @@ def summarise_sweep(
     section: dict[str, Any], outputs: Path, sweep_id: str, title: str, columns: list[str], rows: list[list[Any]],
     figure: Any = None, config: dict[str, Any] | None = None, failed: int = 0,
 ) -> str:  # fmt: skip
-    """Record the comparison of a sweep's runs as one more run, `sweep-<sweep_id>`; a repeated one takes its place.
+    """Record the comparison of a sweep's runs as one more run, `sweep-<sweep_id>`, which stays one if repeated.
 
     `section` is the logger's config, `figure` one of matplotlib, such as the Pareto front, `failed` the number of runs
     that failed. Returns how to look at it; "" where the logger keeps nothing of a sweep. Errors: those of the logger.
@@ -23,9 +23,9 @@ def summarise_sweep(
         return ""
     info = RunInfo(f"sweep-{sweep_id}", title, "sweep", config or {}, outputs)
     with logger.open(info) as record:
-        record.table("sweep/runs", columns, rows)
+        record.table("runs", columns, rows)  # a name with a slash would make an artifact of a random name
         if figure is not None:
-            record.figure("sweep/pareto", figure)
+            record.figure("pareto", figure)
         record.metrics({"sweep/runs_finished": len(rows) - failed, "sweep/runs_failed": failed})
         told = f"{len(rows) - failed} of {len(rows)} runs finished"
         record.alert(f"{title}: {'failed' if failed else 'finished'}", told, failure=failed > 0)

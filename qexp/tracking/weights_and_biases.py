@@ -89,11 +89,9 @@ class Wandb(NoLogger):
         """The W&B run and whether it is online; auto stays offline where W&B does not answer."""
         import wandb
 
-        resume = None if info.job_type == "sweep" else "allow"  # what a sweep had recorded is replaced
-
         def init(mode: str) -> Any:
             return wandb.init(
-                project=self.project, id=info.run_id, name=info.name, dir=str(folder), resume=resume, mode=mode,
+                project=self.project, id=info.run_id, name=info.name, dir=str(folder), resume="allow", mode=mode,
                 group=self.group or info.group, job_type=info.job_type, tags=self.tags, config=info.config,
                 settings=self._settings(wandb), reinit="finish_previous",
             )  # fmt: skip
@@ -163,9 +161,10 @@ class Wandb(NoLogger):
             content = hashlib.file_digest(file, "sha256").hexdigest()
         name = f"float-{float_network.name}"
         source = self._artifact(name, [weights, float_network / "cache.json"], self._data / name / content[:12])
-        # As use_artifact does with what may not be there yet, but offline too.
-        uses = self._info.job_type != "fp32"
-        self._run._log_artifact(source, is_user_created=True, use_after_commit=uses)
+        if self._info.job_type == "fp32":
+            self._run.log_artifact(source)
+        else:  # what use_artifact does with an artifact that may be new, but offline too
+            self._run._log_artifact(source, is_user_created=True, use_after_commit=True)
         if files:
             name = f"model-{self._info.run_id}"
             self._run.log_artifact(self._artifact(name, files, self._data / self._info.run_id / "model"))
