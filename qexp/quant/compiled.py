@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import deterministic
 
 from qexp.quant.affine import CodeRange, QParams
 from qexp.quant.rounding import HalfEven, Rounding, Stochastic
@@ -62,6 +63,19 @@ def _rows(shape: torch.Size, params: torch.Size) -> _Rows:
     return _Rows(numel, inner, -(-numel // inner) * -(-inner // library().width()), expands)
 
 
+class _KernelFills:
+    """What is allocated inside is not filled first, as deterministic training does, which costs a pass over memory."""
+
+    __slots__ = ("before",)
+
+    def __enter__(self) -> None:
+        self.before = deterministic.fill_uninitialized_memory
+        deterministic.fill_uninitialized_memory = False
+
+    def __exit__(self, *_) -> None:
+        deterministic.fill_uninitialized_memory = self.before
+
+
 def _quantized(
     x: Tensor, qparams: QParams, grid: CodeRange, rounding: Rounding
 ) -> tuple[Tensor, Tensor, _Rows, Tensor]:
@@ -71,7 +85,8 @@ def _quantized(
     if rows.expands is not None:
         scale, zero_point = scale.expand(rows.expands), zero_point.expand(rows.expands)
     scale, zero_point = scale.contiguous(), zero_point.contiguous()
-    y, inside = torch.empty_like(x), torch.empty(rows.words, dtype=torch.int16)
+    with _KernelFills():
+        y, inside = torch.empty_like(x), torch.empty(rows.words, dtype=torch.int16)
     arguments = (
         x.data_ptr(), y.data_ptr(), inside.data_ptr(), scale.data_ptr(), zero_point.data_ptr(),
         grid.quant_min, grid.quant_max, rows.numel, rows.inner, scale.numel(), torch.get_num_threads(),
@@ -94,7 +109,8 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         grad, rows = grad.contiguous(), ctx.rows
-        out = torch.empty_like(grad)
+        with _KernelFills():
+            out = torch.empty_like(grad)
         pointers = grad.data_ptr(), out.data_ptr(), ctx.inside.data_ptr()
         library().where_inside(*pointers, rows.numel, rows.inner, torch.get_num_threads())
         return out, None, None, None
@@ -106,17 +122,17 @@ class _LearnedScale(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, learned: Tensor, factor: float, qparams: QParams, grid: CodeRange, rounding: Rounding):
         x = x.contiguous()
-        y, ctx.inside, ctx.rows, ctx.scale = _quantized(x, qparams, grid, rounding)
-        ctx.save_for_backward(x, y)
+        y, ctx.inside, ctx.rows, scale = _quantized(x, qparams, grid, rounding)
+        ctx.save_for_backward(x, y, scale)
         ctx.factor, ctx.shapes = factor, (learned.shape, qparams.scale.shape)
         return y
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (x, y), rows, scale = ctx.saved_tensors, ctx.rows, ctx.scale
+        (x, y, scale), rows = ctx.saved_tensors, ctx.rows
         grad, (shape, params) = grad.contiguous(), ctx.shapes
-        out = torch.empty_like(grad)
-        of_scale = torch.empty(shape if rows.expands is None else rows.expands)
+        with _KernelFills():
+            out, of_scale = torch.empty_like(grad), torch.empty(shape if rows.expands is None else rows.expands)
         tensors = x, y, grad, ctx.inside, scale, out, of_scale
         library().learned_scale(
             *map(Tensor.data_ptr, tensors), ctx.factor, rows.numel, rows.inner, scale.numel(), torch.get_num_threads()

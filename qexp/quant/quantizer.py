@@ -91,7 +91,8 @@ class Quantizer(nn.Module):
     @property
     def qparams(self) -> QParams:
         """Scale and zero point. Errors: RuntimeError before calibration, and where every call has its own."""
-        if self.dynamic or not self.calibrated:
+        # An estimator is given to what is calibrated alone, so that a step of training need not ask.
+        if self.dynamic or (self.estimator is None and not self.calibrated):
             why = "has scales of its own in each call" if self.dynamic else "was never calibrated"
             raise RuntimeError(f"{self.site}: this quantizer {why}")
         return QParams(self.scale, self.zero_point, self._buffers.get("levels"))

@@ -140,3 +140,17 @@ def test_a_learned_scale_gets_the_same_gradient(granularity, monkeypatch):
     (y, of_x, of_scale), (same_y, same_of_x, near_of_scale) = found
     assert torch.equal(y, same_y) and torch.equal(of_x, same_of_x)
     torch.testing.assert_close(of_scale, near_of_scale, rtol=1e-4, atol=1e-5 * float(near_of_scale.abs().max()))
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_deterministic_training_goes_on_filling_what_others_allocate():
+    one = torch.tensor(1.0)
+    both_ways(compiled, torch.ones(3), affine.QParams(one, one * 0), IntegerGrid(4), HalfEven())
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(1000).isnan().all()
