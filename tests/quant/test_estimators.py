@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qexp.quant.codebooks import NormalFloat
-from qexp.quant.estimators import LSQ, Estimator, StraightThrough
+from qexp.quant.estimators import LSQ, Estimator, StraightThrough, sync_
 from qexp.quant.granularity import PerChannel, PerGroup, PerTensor, PerToken
 from qexp.quant.grid import IntegerGrid
 from qexp.quant.learned import PACT, TQT, AdditiveNoise, DoReFa, LSQPlus
@@ -410,6 +410,25 @@ def test_one_wrong_scale_among_many_is_the_one_that_is_named():
         quantizer.learned_scale[2] = -0.125
     with pytest.raises(ValueError, match="became -0.125;"):
         quantizer.estimator.sync_(quantizer)
+
+
+def test_sites_together_store_what_each_stores_alone_or_name_the_wrong_one():
+    cases = [Case(LSQ(), SYMMETRIC, PerChannel(0)), Case(LSQ()), Case(LSQPlus(), AFFINE), Case(StraightThrough()),
+             Case(TQT(), SHIFTS["affine"]), Case(PACT(), UNSIGNED, CHANNEL, False)]  # fmt: skip
+    together, alone = ([case.training()[0] for case in cases] for _ in range(2))
+    for quantizer in [*together, *alone]:
+        with torch.no_grad():
+            for name in quantizer.learned:
+                getattr(quantizer, name).mul_(1.25)
+    sync_([*together, cases[0].quantizer()])  # one that has no estimator
+    for quantizer, other in zip(together, alone, strict=True):
+        other.estimator.sync_(other)
+        assert torch.equal(quantizer.scale, other.scale) and torch.equal(quantizer.zero_point, other.zero_point)
+    together[1].site = "fc.wrong"
+    with torch.no_grad():
+        together[1].learned_scale.fill_(-1)
+    with pytest.raises(ValueError, match=r"^fc\.wrong: its learned scale became -1;"):
+        sync_(together)
 
 
 def test_lsq_fits_a_tensor_better_than_its_extremes_do():
