@@ -1,4 +1,6 @@
-"""The same fake-quantize in one pass over memory, compiled for this CPU; values and gradients are equal to the bit.
+"""The same fake-quantize in one pass over memory, compiled for this CPU.
+
+Values and gradients are equal to the bit, but for that of a learned scale: a sum, in another order.
 
 The first use compiles for some seconds (a C++ compiler is needed), the next ones of this machine load what was made.
 Stochastic rounding gains most: its hash costs a dozen passes otherwise.
