@@ -86,7 +86,8 @@ class Space:
             f"{key}={choice[key] if key in choice else override.get_value_element_as_str()}"
             for key, override in self.overrides.items()
         ]
-        return Job(self.chosen | choice, settings(self._composer.compose(texts), self._made), tuple(texts))
+        told = {key.lstrip("+"): value for key, value in choice.items()}
+        return Job(self.chosen | told, settings(self._composer.compose(texts), self._made), tuple(texts))
 
     def grid(self, together: Any) -> list[Job]:
         """Every combination; keys of a group in `together` take their first values together, their second ones, ..."""

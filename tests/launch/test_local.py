@@ -72,7 +72,8 @@ def test_a_job_that_raises_crashes_is_killed_or_hangs_ends_alone(folder):
         "qexp: model.fault=killed: its process was ended by SIGKILL",
         "qexp: model.fault=crashes: its process was ended by SIGSEGV",
         "qexp: model.fault=exits: its process ended with exit code 7 (its log: outputs/logs/",
-        "qexp: model.fault=hangs: stopped after hydra.launcher.limit_s=15 seconds", "5 of 6 runs failed; the same command tries them again",
+        "qexp: model.fault=hangs: stopped after hydra.launcher.limit_s=15 seconds",
+        "qexp: 5 of 6 runs failed; the same command tries them again",
     ):  # fmt: skip
         assert sentence in done.stderr
     assert len(finished(folder)) == 1
