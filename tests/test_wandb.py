@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import wandb
 from wandb_service import serving
 
-import wandb
 from qexp.finetune.execute import ExecuteFineTune
 from qexp.jobs import compose_jobs
 from qexp.run import run
@@ -34,8 +34,10 @@ def service(tmp_path, monkeypatch):
     for name in "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_SILENT", "WANDB_MODE":  # Wandb sets them
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    (tmp_path / "home").mkdir()
+    for name in "home", "cwd":
+        (tmp_path / name).mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "cwd")
     monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path / "matplotlib"))
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     with serving() as found:
@@ -156,11 +158,11 @@ def history(service, outputs: Path) -> None:
     assert steps[defined["finetune/history/loss"]["5"] - 1] == "epoch"
 
 
-def nothing_leaked(outputs: Path, home: Path, printed) -> None:
+def nothing_leaked(outputs: Path, tmp_path: Path, printed) -> None:
     for path in outputs.rglob("*"):
         assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
     assert KEY not in printed.out + printed.err
-    assert not list(home.iterdir())
+    assert not [*(tmp_path / "home").iterdir(), *(tmp_path / "cwd").iterdir()]
 
 
 def test_online_a_run_arrives_whole_also_after_a_kill(service, outputs, tmp_path, capfd):
@@ -171,7 +173,7 @@ def test_online_a_run_arrives_whole_also_after_a_kill(service, outputs, tmp_path
     assert list(service.runs) == [identity]
     arrived(service, job, outputs)
     history(service, outputs)
-    nothing_leaked(outputs, tmp_path / "home", capfd.readouterr())
+    nothing_leaked(outputs, tmp_path, capfd.readouterr())
 
 
 def test_an_offline_sweep_is_uploaded_whole_from_a_copy(service, outputs, tmp_path, capfd):
@@ -190,7 +192,7 @@ def test_an_offline_sweep_is_uploaded_whole_from_a_copy(service, outputs, tmp_pa
     sweep(service)
     assert sync.main([str(moved)]) == 0
     assert len([row for row in service.runs["sweep-feed"].history if "runs" in row]) == 1
-    nothing_leaked(moved, tmp_path / "home", capfd.readouterr())
+    nothing_leaked(moved, tmp_path, capfd.readouterr())
 
 
 def summarised(outputs: Path, mode: str, **options) -> str:

@@ -45,6 +45,7 @@ def _sync(outputs: Path) -> int:
     if not records:
         print(f"{folder}: nothing to upload")
         return 0
-    places = {"WANDB_DATA_DIR": folder / "data", "WANDB_CACHE_DIR": folder / "cache"}  # not the home directory
+    # Not the home directory, nor the one where the command is given.
+    places = {"WANDB_DIR": outputs, "WANDB_DATA_DIR": folder / "data", "WANDB_CACHE_DIR": folder / "cache"}
     environment = os.environ | {name: str(place.resolve()) for name, place in places.items()}
     return subprocess.run([sys.executable, "-m", "wandb", "sync", *records], env=environment, check=False).returncode
