@@ -33,7 +33,8 @@ NO_SUCH_KEY = (
 )
 
 # The launchers of others -> the package that has each, and the extra that brings it.
-EXTRAS = {"submitit_slurm": ("hydra-submitit-launcher", "slurm"), "ray": ("hydra-ray-launcher", "ray")}
+_SLURM = "hydra-submitit-launcher", "slurm"
+EXTRAS = {"submitit_slurm": _SLURM, "submitit_local": _SLURM, "ray": ("hydra-ray-launcher", "ray")}
 
 
 def conf_dir() -> str:
@@ -109,10 +110,12 @@ def composed(overrides: list[str], **options: Any) -> DictConfig:
 def explained(error: Exception, choices: list[str] | None = None) -> str:
     """One sentence of one of Hydra's pages; `choices` are the options of groups, which decide what keys there are."""
     text = str(error)
-    missing = re.search(r"Could not find '((?:hydra/)?[^'/]+)/([^']*)'", text)
+    missing = re.search(r"Could not (?:find|load) '((?:hydra/)?[^'/]+)/([^']*)'", text)
     if missing and missing[2] in EXTRAS:
+        named = re.search(r"^In 'hydra/launcher/(\w+)'", text)  # the file that builds on it
         package, extra = EXTRAS[missing[2]]
-        return f"{missing[1]}={extra}: needs {package}; install it with: pip install 'qexp[{extra}]'"
+        launcher = named[1] if named else missing[2]
+        return f"hydra/launcher={launcher}: needs {package}; install it with: pip install 'qexp[{extra}]'"
     if missing:
         return f"{missing[1]}={missing[2]}: no such option; allowed are {', '.join(options_of(missing[1]))}"
     found = [re.search(pattern, f"{text}\n{error.__cause__}") for pattern in NO_SUCH_KEY]
@@ -146,12 +149,16 @@ class Composer:
 
     def __init__(self) -> None:
         self._shared: dict[tuple[str, ...], DictConfig] = {}
+        self._parsed: dict[str, tuple[Override, bool]] = {}
 
     def compose(self, overrides: list[str]) -> DictConfig:
         """What `composed` gives, to the letter. Errors: ConfigError."""
         choices, values = [], []
-        for text, override in zip(overrides, parsed(overrides), strict=True):
-            is_choice = _chooses(override)
+        for text in overrides:
+            if text not in self._parsed:
+                (override,) = parsed([text])
+                self._parsed[text] = override, _chooses(override)
+            override, is_choice = self._parsed[text]
             choices += [text] if is_choice else []
             values += [] if is_choice else [override]
         key = tuple(choices)
@@ -165,7 +172,11 @@ class Composer:
         return config
 
 
+def is_group(key: str) -> bool:
+    """Whether files are chosen by this key."""
+    return GlobalHydra.instance().config_loader().repository.group_exists(key)
+
+
 def _chooses(override: Override) -> bool:
     """Whether it chooses a file of a group; model={_target_: ...} does not."""
-    groups = GlobalHydra.instance().config_loader().repository
-    return groups.group_exists(override.key_or_group) and not isinstance(override.value(), dict)
+    return is_group(override.key_or_group) and not isinstance(override.value(), dict)
