@@ -8,11 +8,11 @@ Importing this needs no torch.
 """
 
 from qexp.compare.groups import Group, Mean, groups_of, mean_of, value_of
-from qexp.compare.papers import Paper, paper_of
+from qexp.compare.papers import Beside, paper_of
 from qexp.compare.pareto import pareto_front
 from qexp.compare.records import Records, Run, Sweep, read
 
 __all__ = [
-    "Group", "Mean", "Paper", "Records", "Run", "Sweep", "groups_of", "mean_of", "paper_of", "pareto_front", "read",
+    "Beside", "Group", "Mean", "Records", "Run", "Sweep", "groups_of", "mean_of", "paper_of", "pareto_front", "read",
     "value_of",
 ]  # fmt: skip

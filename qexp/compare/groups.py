@@ -25,6 +25,7 @@ DEFAULT = [
     "size/packed_bytes",
 ]  # fmt: skip
 SHARE = 0.95  # of the intervals
+FIRST = "data", "model"  # settings that stand before the others
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,15 @@ class Group:
 
         >>> Group({"calibration": "MinMax", "quantizer.bits": "8"}, []).name
         'MinMax, bits 8'
+        >>> Group({"quantizer.weight.bits": "4", "quantizer.activation.bits": "8"}, []).name
+        'weight.bits 4, activation.bits 8'
         """
-        said = [
-            f"{key.rpartition('.')[2]} {text}" if text[:1].isdigit() else text for key, text in self.settings.items()
+        last = [key.rpartition(".")[2] for key in self.settings]
+        short = [
+            key.partition(".")[2] if last.count(end) > 1 else end for key, end in zip(self.settings, last, strict=True)
         ]
-        return ", ".join(said) or "all runs"
+        texts_of = zip(short, self.settings.values(), strict=True)
+        return ", ".join(f"{key} {text}" if text[:1].isdigit() else text for key, text in texts_of) or "all runs"
 
     @cached_property
     def choice(self) -> dict[str, str]:
@@ -142,7 +147,8 @@ def _columns(runs: Sequence[Run], members: list[list[int]]) -> tuple[dict[str, l
     if alike and distinct and all(run.choice for run in runs):
         keys = dict.fromkeys(key for choice in of_groups for key in choice)
         return {key: [choice.get(key, brief(ABSENT)) for choice in of_groups] for key in keys}, True
-    return differences([settings_of(runs[indices[0]]) for indices in members]), False
+    found = differences([settings_of(runs[indices[0]]) for indices in members])
+    return dict(sorted(found.items(), key=lambda item: item[0].split(".")[0] not in FIRST)), False
 
 
 def is_seed(key: str) -> bool:

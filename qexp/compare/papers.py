@@ -1,87 +1,110 @@
-"""What a paper found, from `qexp/papers/<experiment>.yaml`, to stand beside what a sweep found."""
+"""What a paper found (qexp/papers) beside what a sweep found: the paper's table, with rows of ours on top."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-from qexp.compare.differences import brief, same_word
+from qexp import papers
+from qexp.compare.differences import at, brief, same_word
 from qexp.compare.groups import ACC, Group, has
 from qexp.compare.records import Sweep
-from qexp.sections import ConfigError
 
-FOLDER = Path(__file__).parent.parent / "papers"
+MOST_COLUMNS = 7  # choices beside each other; more are below each other
 
 
 @dataclass(frozen=True)
-class Paper:
-    """A table of a paper; each row has a choice (key -> word), a network, a value and perhaps that of fp32."""
+class Beside:
+    """The table of a paper that the experiment of a sweep repeats."""
 
     experiment: str
-    source: str
-    trend: str
-    metric: str
-    unit: str
-    note: str
-    rows: list[dict[str, Any]]
+    paper: papers.Paper
 
     @property
-    def networks(self) -> list[str]:
-        """Its networks, in its order."""
-        return list(dict.fromkeys(row["network"] for row in self.rows))
-
-    @property
-    def choices(self) -> list[dict[str, str]]:
-        """Its choices, in its order, each once."""
-        found: list[dict[str, str]] = []
-        for row in self.rows:
-            if row["choice"] not in found:
-                found.append(row["choice"])
+    def choices(self) -> list[dict[str, Any]]:
+        """Its choices, each once, in its order."""
+        found: list[dict[str, Any]] = []
+        for row in self.paper.rows:
+            if row.choice not in found:
+                found.append(row.choice)
         return found
 
-    def value(self, choice: dict[str, str], network: str) -> Any:
-        """What it says of a choice and a network; None where it says nothing."""
-        return next((r["value"] for r in self.rows if r["choice"] == choice and r["network"] == network), None)
+    def metric(self, groups: Sequence[Group]) -> str:
+        """The figure of ours that compares; the usual accuracy where ours has none of that name."""
+        known = any(has(run, self.paper.metric) for group in groups for run in group.runs)
+        return self.paper.metric if known else ACC
 
-    def fp32(self, network: str) -> Any:
-        """What it says of the float network."""
-        return next((r["fp32"] for r in self.rows if r["network"] == network and r.get("fp32") is not None), None)
+    def table(self, groups: Sequence[Group], text: Callable[[Group, str], str]) -> tuple[list[str], list[list[str]]]:
+        """Heading and rows, where `text` writes a figure of ours: fp32 and each choice, first ours, then the networks.
 
-    def ours(self, groups: Sequence[Group], choice: dict[str, str]) -> list[Group]:
-        """Those groups whose choices are the same, in all keys of the paper's."""
-        return [group for group in groups if _agree(choice, group)]
+        Nothing of the paper's is left out, whether ours has a like or not.
+        """
+        choices, lines = self.choices, self._ours(groups, text) | self._theirs()
+        heading = ["", "fp32", *(" ".join(_word(key, value) for key, value in choice.items()) for choice in choices)]
+        rows = [[name, *cells] for name, cells in lines.items()]
+        if not any(row[1] for row in rows):
+            heading, rows = [heading[0], *heading[2:]], [[row[0], *row[2:]] for row in rows]
+        if len(choices) > MOST_COLUMNS:
+            heading, *rows = [list(line) for line in zip(heading, *rows, strict=True)]
+        return heading, rows
 
-    def figure(self, groups: Sequence[Group]) -> str:
-        """The figure of ours that stands beside the paper's."""
-        known = any(has(run, self.metric) for group in groups for run in group.runs)
-        return self.metric if known else ACC
+    def _ours(self, groups: Sequence[Group], text: Callable[[Group, str], str]) -> dict[str, list[str]]:
+        """Groups that agree with a choice, by their other settings."""
+        choices, metric = self.choices, self.metric(groups)
+        keys = {key for choice in choices for key in choice}
+        lines: dict[str, list[str]] = {}
+        for group in groups:
+            for place, choice in enumerate(choices, 1):
+                if agree(choice, group):
+                    others = {key: word for key, word in group.settings.items() if not _is_of(key, keys)}
+                    name = f"ours, {Group(others, []).name}" if others else "ours"
+                    line = lines.setdefault(name, [text(group, "acc/fp32"), *[""] * len(choices)])
+                    line[place] = "; ".join(filter(None, [line[place], text(group, metric)]))
+        return lines
+
+    def _theirs(self) -> dict[str, list[str]]:
+        choices = self.choices
+        lines: dict[str, list[str]] = {}
+        for row in self.paper.rows:
+            line = lines.setdefault(row.network, [""] * (1 + len(choices)))
+            line[1 + choices.index(row.choice)] = f"{row.value:g}"
+            if row.fp32 is not None:
+                line[0] = f"{row.fp32:g}"
+        return lines
 
 
-def _agree(choice: dict[str, str], group: Group) -> bool:
-    said = {**group.settings, **group.choice}
-    return bool(choice) and all(key in said and same_word(said[key], word) for key, word in choice.items())
+def agree(choice: dict[str, Any], group: Group) -> bool:
+    """Whether all runs of a group have these values, in the words of their sweep or in those of their configs.
+
+    >>> agree({"calibration": "mse"}, Group({"calibration": "MSE"}, []))
+    True
+    """
+    return all(
+        any(same_word(said, brief(value)) for said in _said(key, group)) for key, value in choice.items()
+    )  # fmt: skip
 
 
-def paper_of(sweep: Sweep, folder: Path = FOLDER) -> Paper | None:
-    """The paper that the experiment of a sweep follows, where its figures are known. Errors: ConfigError."""
-    if not sweep.experiment:
-        return None
-    path = folder / f"{sweep.experiment}.yaml"
-    if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
-        return None
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        rows = [
-            {**row, "choice": {str(k): brief(v) for k, v in row["choice"].items()}, "network": str(row["network"])}
-            for row in content["rows"]
-        ]
-        if any("value" not in row for row in rows):
-            raise ValueError("a row has no value")
-        words = {key: str(content.get(key) or "") for key in ("source", "trend", "metric", "unit", "note")}
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{path}: is no table of a paper ({' '.join(str(error).split())})") from None
-    return Paper(experiment=sweep.experiment, rows=rows, **words)
+def _is_of(key: str, sections: Iterable[str]) -> bool:
+    return any(f"{key}.".startswith(f"{section}.") for section in sections)
+
+
+def _said(key: str, group: Group) -> set[str]:
+    if key in group.settings:
+        return {group.settings[key]}
+    if key in group.choice:
+        return {group.choice[key]}
+    values = {brief(at(run.config, key)) for run in group.runs}
+    return values if len(values) == 1 else set()
+
+
+def _word(key: str, value: Any) -> str:
+    """A value; what it is of where it does not say so."""
+    text = brief(value)
+    return text if isinstance(value, str) else f"{key.rpartition('.')[2]} {text}"
+
+
+def paper_of(sweep: Sweep) -> Beside | None:
+    """The table that the experiment of a sweep repeats, where there is one. Errors: ValueError for a damaged one."""
+    paper = papers.load(sweep.experiment) if sweep.experiment else None
+    return Beside(sweep.experiment, paper) if paper else None

@@ -27,7 +27,7 @@ from qexp.compare.groups import (
     seeds_of,
     value_of,
 )
-from qexp.compare.papers import Paper
+from qexp.compare.papers import Beside
 from qexp.compare.pareto import pareto_front
 from qexp.compare.records import Run
 from qexp.report.terminal import output
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 SHARES = "parity/identical", "parity/off_by_one", "parity/larger", "int8/mac_coverage", "agree/argmax"
 # What a figure is called in a heading, where its own name is not short or not clear.
 HEADINGS = {
-    ACC: "acc %", "acc/fp32": "fp32 %", "acc/control": "fp32 tuned %", "acc/ptq": "PTQ %", "acc/drop": "drop",
+    ACC: "acc %", "acc/sim": "sim %", "acc/engine": "engine %", "acc/fp32": "fp32 %",
+    "acc/control": "fp32 tuned %", "acc/ptq": "PTQ %", "acc/drop": "drop",
     "sqnr/output_db": "SQNR dB", "latency/int8_ms": "int8 ms", "latency/fp32_ms": "fp32 ms",
     "latency/speedup": "speed-up", "size/packed_bytes": "KiB", "size/int8_bytes": "int8 file KiB",
     "parity/identical": "codes = %", "int8/mac_coverage": "int8 MACs %",
@@ -184,62 +185,26 @@ def _table(groups: Sequence[Group], metrics: Sequence[str], spared: Sequence[str
     return table
 
 
-def paper_columns(paper: Paper, groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
-    """Ours beside a paper's: heading and rows; first those choices that both have, ours alone stand in our table."""
-    metric = paper.figure(groups)
-    networks = paper.networks
-    keys = list(dict.fromkeys(key for choice in paper.choices for key in choice))
-    columns = [*keys, f"ours, {shown(metric).heading}", *networks]
-    rows = []
-    if any(paper.fp32(network) is not None for network in networks):
-        ours = [f"{_own(group, groups)}{shown('acc/fp32').text(group.mean('acc/fp32'))}" for group in _floats(groups)]
-        rows.append(["fp32", *[""] * (len(keys) - 1), "; ".join(ours), *(_cell(paper.fp32(n)) for n in networks)])
-    for choice in paper.choices:
-        joined = paper.ours(groups, choice)
-        ours = [f"{_other(group, choice)}{shown(metric).text(group.mean(metric), len(group.runs))}" for group in joined]
-        cells = [_cell(paper.value(choice, network)) for network in networks]
-        rows.append([*(choice.get(key, "") for key in keys), "; ".join(ours), *cells])
-    return columns, rows
+def paper_columns(beside: Beside, groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows of a paper's table with ours on top."""
+    return beside.table(groups, lambda group, name: shown(name).text(group.mean(name), len(group.runs)))
 
 
-def _floats(groups: Sequence[Group]) -> list[Group]:
-    """One group for each float network, told by its figure."""
-    found: dict[tuple, Group] = {}
-    for group in groups:
-        if group.mean("acc/fp32").n:
-            found.setdefault((group.settings.get("model"), group.mean("acc/fp32")), group)
-    return list(found.values())
-
-
-def _own(group: Group, groups: Sequence[Group]) -> str:
-    models = {other.settings.get("model") for other in groups}
-    return f"{group.settings['model']} " if len(models) > 1 and "model" in group.settings else ""
-
-
-def _other(group: Group, choice: dict[str, str]) -> str:
-    """Those settings of a group that the paper's choice says nothing of."""
-    words = [word for key, word in group.settings.items() if key not in choice]
-    return f"{' '.join(words)} " if words else ""
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:g}" if isinstance(value, (int, float)) else str(value)
-
-
-def paper_table(paper: Paper, groups: Sequence[Group]) -> Table:
-    """Ours beside a paper's figures; the paper's networks are columns."""
-    columns, rows = paper_columns(paper, groups)
-    title = f"{paper.experiment}: {paper.source}" + (f" ({paper.unit})" if paper.unit else "")
-    words = [f"trend: {paper.trend}" if paper.trend else "", paper.note]
+def paper_table(beside: Beside, groups: Sequence[Group]) -> Table:
+    """Ours beside a paper's figures."""
+    heading, rows = paper_columns(beside, groups)
+    paper, metric = beside.paper, beside.metric(groups)
+    said = [paper.source, f"trend: {paper.trend}", f"note: {paper.note}" if paper.note else ""]
     table = Table(
-        title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False,
-        caption=escape("\n".join(filter(None, words))), caption_justify="left", collapse_padding=True,
+        title=escape(f"{beside.experiment}: {paper.unit}; ours: {MEANING.get(metric, metric)}"), title_justify="left",
+        title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
+        caption=escape("\n".join(" ".join(text.split()) for text in said if text)), caption_justify="left",
     )  # fmt: skip
-    mine = len(columns) - len(paper.networks)
-    for number, column in enumerate(columns):
-        table.add_column(escape(column), justify="left" if number < mine - 1 else "right", overflow="fold")
+    for number, column in enumerate(heading):
+        style = {"justify": "right"} if number else {"min_width": 16}
+        table.add_column(escape(column), overflow="fold", **style)
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*map(escape, row), style="bold" if row[0].startswith("ours") else None)
     return table
 
 

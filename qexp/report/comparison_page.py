@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from qexp.compare.differences import brief, head
 from qexp.compare.groups import ACC, MEANING, Group, Mean, has, mean_of, processor_of, settings_of, value_of
-from qexp.compare.papers import Paper
+from qexp.compare.papers import Beside
 from qexp.compare.records import Records, Run
 from qexp.report.comparison import AXES, COST_AXES, better, paper_columns, remarks, runs_of, shown, summary
 
@@ -28,7 +28,9 @@ HERE = Path(__file__).parent
 PLOTTED = [ACC, "acc/drop", "sqnr/output_db", *COST_AXES]
 
 
-def page(groups: Sequence[Group], metrics: Sequence[str], papers: Sequence[Paper], records: Records, title: str) -> str:
+def page(
+    groups: Sequence[Group], metrics: Sequence[str], papers: Sequence[Beside], records: Records, title: str
+) -> str:
     """The page of these groups as one text. Errors: those of a damaged installation."""
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
@@ -60,7 +62,7 @@ def _source(name: str) -> str:
 
 
 def page_data(
-    groups: Sequence[Group], metrics: Sequence[str], papers: Sequence[Paper], records: Records, title: str
+    groups: Sequence[Group], metrics: Sequence[str], papers: Sequence[Beside], records: Records, title: str
 ) -> dict[str, Any]:
     """What the template shows; below "rows" what the script does: a row for each group, and one for each run."""
     runs = runs_of(groups)
@@ -146,11 +148,12 @@ def _same(runs: Sequence[Run], most: int = 60) -> list[list[str]]:
     return list(shared(first, others, ""))[:most]
 
 
-def _paper(paper: Paper, groups: Sequence[Group]) -> dict[str, Any]:
-    columns, rows = paper_columns(paper, groups)
+def _paper(beside: Beside, groups: Sequence[Group]) -> dict[str, Any]:
+    heading, rows = paper_columns(beside, groups)
+    paper, metric = beside.paper, beside.metric(groups)
     return {
-        "experiment": paper.experiment, "source": paper.source, "trend": paper.trend, "note": paper.note,
-        "unit": paper.unit, "columns": columns, "rows": rows, "ours": len(columns) - len(paper.networks) - 1,
+        "experiment": beside.experiment, "source": paper.source, "trend": paper.trend, "note": paper.note,
+        "unit": paper.unit, "metric": MEANING.get(metric, metric), "heading": heading, "rows": rows,
     }  # fmt: skip
 
 

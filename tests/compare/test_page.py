@@ -6,20 +6,20 @@ from dataclasses import replace
 
 import pytest
 
-from qexp.compare import groups_of, paper_of, pareto_front, read
+from qexp import papers
+from qexp.compare import Beside, groups_of, paper_of, pareto_front, read
 from qexp.compare.groups import metrics_of
-from qexp.compare.papers import Paper
 from qexp.report.comparison_page import page
 
 EVIL = '</script><img src=x onerror="window.hacked=1"><b>bold</b> &lt;i&gt; {{7*7}} %{x}'
 EVIL_NAME = EVIL.replace("/", "\u2215")
 
 
-def page_of(folder, papers=(), by=(), metrics=()):
+def page_of(folder, tables=(), by=(), metrics=()):
     records = read([folder])
     groups = groups_of(records.runs, by)
-    papers = [*papers, *filter(None, map(paper_of, records.sweeps))]
-    return page(groups, metrics_of(records.runs, metrics), papers, records, str(folder.name))
+    tables = [*tables, *filter(None, map(paper_of, records.sweeps))]
+    return page(groups, metrics_of(records.runs, metrics), tables, records, str(folder.name))
 
 
 def curve(first):
@@ -37,7 +37,7 @@ def plain(make):
 @pytest.fixture
 def evil(make):
     """A page of records that try to be markup wherever they can be anything."""
-    paper = Paper(EVIL, EVIL, EVIL, EVIL, EVIL, EVIL, [{"choice": {EVIL: EVIL}, "network": EVIL, "value": EVIL}])
+    table = Beside(EVIL, papers.Paper(EVIL, EVIL, EVIL, EVIL, (papers.Row({EVIL: EVIL}, EVIL, 1.0),), EVIL))
     for number in range(3):
         evil = {EVIL: number, "other": f"{EVIL} {number}", "model": {"_target_": f"a.<b>x{number}</b>"}, "all": EVIL}
         make.run(
@@ -47,7 +47,7 @@ def evil(make):
             curve=[{"epoch": 0, EVIL: 1}, {"epoch": 1, EVIL: 2}],
         )  # fmt: skip
     (make.run(name="hurt" + EVIL_NAME) / "metrics.json").write_text("{")
-    return page_of(make.outputs, [paper], metrics=["acc", EVIL, "latency/int8_ms"])
+    return page_of(make.outputs, [table], metrics=["acc", EVIL, "latency/int8_ms"])
 
 
 def test_the_page_of_1000_runs_is_small(make):

@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 
-from qexp.compare import groups_of, paper_of, read
+from qexp import papers
+from qexp.compare import Beside, groups_of, paper_of, read
 from qexp.compare.records import outputs_of
 from qexp.report.comparison import paper_columns
 from qexp.sections import ConfigError
@@ -90,14 +91,23 @@ def test_a_damaged_sweep_is_refused(make, content):
 PAPER = """
 source: Somebody et al. 2020, Table 5
 trend: no calibration wins everywhere
-metric: acc
+metric: acc/engine
 unit: top-1 %
 note: on ImageNet
 rows:
-  - {choice: {calibration: minmax}, network: ResNet-50, value: 75.0, fp32: 76.2}
-  - {choice: {calibration: percentile_99.9}, network: ResNet-50, value: 75.9}
-  - {choice: {calibration: minmax}, network: MobileNet, value: 69.5, fp32: 71.9}
+  - {choice: {calibration: minmax, quantizer.weight.bits: 8}, network: ResNet-50, value: 75.0, fp32: 76.2}
+  - {choice: {calibration: percentile_99.9, quantizer.weight.bits: 8}, network: ResNet-50, value: 75.9}
+  - {choice: {calibration: minmax, quantizer.weight.bits: 8}, network: MobileNet, value: 69.5, fp32: 71.9}
+  - {choice: {calibration: minmax, quantizer.weight.bits: 4}, network: MobileNet, value: 60}
 """
+
+
+@pytest.fixture
+def papers_folder(tmp_path, monkeypatch):
+    load = papers.load
+    monkeypatch.setattr(papers, "load", lambda experiment: load(experiment, tmp_path / "papers"))
+    (tmp_path / "papers" / "some2020").mkdir(parents=True)
+    return tmp_path / "papers"
 
 
 @pytest.fixture
@@ -111,24 +121,33 @@ def swept(make):
     return read([make.sweep(entries, "some2020/table5")])
 
 
-def test_a_papers_rows_stand_beside_ours_and_none_is_left_out(swept, tmp_path):
-    path = tmp_path / "papers" / "some2020" / "table5.yaml"
-    path.parent.mkdir(parents=True)
-    path.write_text(PAPER)
-    paper = paper_of(swept.sweeps[0], tmp_path / "papers")
-    columns, rows = paper_columns(paper, groups_of(swept.runs))
-    assert columns == ["calibration", "ours, acc %", "ResNet-50", "MobileNet"]
+def test_a_papers_rows_stand_beside_ours_and_none_is_left_out(swept, papers_folder, monkeypatch):
+    (papers_folder / "some2020" / "table5.yaml").write_text(PAPER)
+    heading, rows = paper_columns(paper_of(swept.sweeps[0]), groups_of(swept.runs))
+    assert heading == ["", "fp32", "minmax bits 8", "percentile_99.9 bits 8", "minmax bits 4"]
     assert rows == [
-        ["fp32", "resnet8 95.00; mobilenet 95.00", "76.2", "71.9"],
-        ["minmax", "resnet8 90.00; mobilenet 80.00", "75", "69.5"],
-        ["percentile_99.9", "", "75.9", ""],
+        ["ours, resnet8", "95.00", "90.00", "", ""],
+        ["ours, mobilenet", "95.00", "80.00", "", ""],
+        ["ResNet-50", "76.2", "75", "75.9", ""],
+        ["MobileNet", "71.9", "69.5", "", "60"],
     ]
+    monkeypatch.setattr("qexp.compare.papers.MOST_COLUMNS", 2)
+    turned, lines = paper_columns(paper_of(swept.sweeps[0]), groups_of(swept.runs))
+    assert [list(line) for line in zip(turned, *lines, strict=True)] == [heading, *rows]
 
 
-def test_an_experiment_without_a_paper_has_none_and_a_damaged_one_is_named(swept, tmp_path):
-    assert paper_of(swept.sweeps[0], tmp_path) is None
-    path = tmp_path / "some2020" / "table5.yaml"
-    path.parent.mkdir()
-    path.write_text("rows: [{choice: 1}]")
-    with pytest.raises(ConfigError, match=r"table5\.yaml: is no table of a paper"):
-        paper_of(swept.sweeps[0], tmp_path)
+def test_an_experiment_without_a_paper_has_none_and_a_damaged_one_is_named(swept, papers_folder):
+    assert paper_of(swept.sweeps[0]) is None
+    (papers_folder / "some2020" / "table5.yaml").write_text("rows: [{choice: 1}]")
+    with pytest.raises(ValueError, match=r"table5\.yaml: "):
+        paper_of(swept.sweeps[0])
+
+
+@pytest.mark.parametrize("path", sorted(papers.FOLDER.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_paper_has_a_table_with_each_of_its_figures(path, swept):
+    experiment = path.relative_to(papers.FOLDER).with_suffix("").as_posix()
+    beside = Beside(experiment, papers.load(experiment))
+    _, rows = paper_columns(beside, groups_of(swept.runs))
+    shown = [text for row in rows for text in row]
+    for row in beside.paper.rows:
+        assert f"{row.value:g}" in shown
