@@ -19,7 +19,7 @@ ORDER = [
     {"analysis"},
     {
         "store", "machine", "settings", "tracking", "record", "report", "prepare", "passes", "caches", "stopping",
-        "finetuning", "sections", "plans", "flat", "compare",
+        "finetuning", "sections", "plans", "flat", "compare", "papers",
     },
     {"run"},
     {"attempt", "composing", "jobs"},
