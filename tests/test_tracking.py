@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from qexp.tracking import METRICS, Csv, NoLogger, RunInfo, Wandb
 from qexp.tracking.metrics import CURVES
 
 KEY = "0123456789abcdef" * 3
+ID = "0123456789ab"
 CONFIG = {"seed": 3, "quantizer": {"weight": {"bits": 4}}, "machine": {"commit": "abc", "versions": {"torch": "2"}}}
 ROOT = Path(__file__).parents[1]
 
@@ -80,7 +82,7 @@ def test_the_whole_record_is_on_disk(info, float_network, tmp_path, monkeypatch)
     assert not run.get("host")
     assert summary(found)["acc/fp32"] == 0.5
     assert summary(found)["status"] == "finished"
-    assert {record["name"] for record in found["metric"]} == {*METRICS, *CURVES}
+    assert {record.get("name") or record["glob_name"] for record in found["metric"]} == {*METRICS, *CURVES}
     assert found["exit"][-1].get("exit_code", 0) == 0
     files = [entry["path"] for record in found["artifact"] for entry in record["manifest"]["contents"]]
     assert files == ["layers.table.json", "cache.json", "tensors.pt", "model_int8.onnx"]
@@ -99,6 +101,34 @@ def test_onnx_files_stay_out_of_the_record_unless_asked_for(info, float_network,
     with Wandb().open(info) as logger:
         logger.models([tmp_path / "model_int8.onnx"], float_network)
     assert "artifact" not in records(info.outputs)
+
+
+def test_one_record_on_disk_is_left_of_all_attempts_at_a_run(info):
+    folder = info.outputs / "wandb"
+    old, uploaded, other = (f"offline-run-20200101_00000{i}-{name}" for i, name in enumerate([ID, ID, f"sweep-{ID}"]))
+    for name in old, uploaded, other:
+        (folder / name).mkdir(parents=True)
+    (folder / uploaded / f"run-{ID}.wandb.synced").touch()
+    staged = folder / "data" / ID / "model" / "model_int8.onnx"
+    staged.parent.mkdir(parents=True)
+    staged.touch()
+    for _ in range(2):
+        with Wandb().open(info):
+            pass
+    assert not staged.exists()
+    names = {path.name for path in folder.glob("offline-run-*")}
+    assert {uploaded, other} < names
+    assert old not in names
+    assert len(names) == 3
+
+
+def test_the_group_is_the_settings_without_their_seed_unless_named(info, monkeypatch):
+    with Wandb().open(replace(info, group="resnet8 W4A8 ba98")):
+        pass
+    assert records(info.outputs)["run"][0]["run_group"] == "resnet8 W4A8 ba98"
+    with Wandb(group="mine").open(replace(info, group="resnet8 W4A8 ba98")):
+        pass
+    assert records(info.outputs)["run"][0]["run_group"] == "mine"
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
@@ -193,10 +223,12 @@ def test_csv_holds_the_numbers(info):
         with Csv().open(info) as logger:
             logger.metrics({"acc/fp32": value, "sqnr/output_db": float("inf"), "status": "finished"})
             logger.table("layers", [], [])
+            logger.curve("finetune/history", [{"epoch": 0, "loss": 2.0}, {"epoch": 1, "loss": 1.0}])
             logger.models([Path("model_int8.onnx")], Path())
     with (info.outputs / "csv" / info.run_id / "metrics.csv").open() as file:
-        (row,) = csv.DictReader(file)
+        row, *curve = csv.DictReader(file)
     assert float(row["acc/fp32"]) == 0.5
+    assert [float(point["finetune/history/loss"]) for point in curve] == [2.0, 1.0]
     assert logger.where.endswith("metrics.csv")
 
 

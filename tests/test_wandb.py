@@ -117,15 +117,17 @@ def arrived(service, job, outputs: Path) -> None:
     assert [row[0] for row in table["data"]] == [row["site"] for row in layers]
     assert table["columns"] == list(layers[0])
 
+    (drawn,) = [row for row in there.history if any(name.startswith("weights/") for name in row)]
+    assert not drawn.keys() & {name for name in there.summary if not name.startswith("_")}
     for row in layers:
         if row["kind"] == "weight":
-            name = row["site"].removesuffix(".weight")
-            before, after = (there.summary[f"weights/{name}/{what}"] for what in ("float", "quantized"))
+            name = row["layer"].replace(".", "/")
+            before, after = (drawn[f"weights/{name}/{what}"] for what in ("float", "quantized"))
             assert sum(before["values"]) == sum(after["values"]) > 0
             assert len(before["values"]) == BINS
             assert before["bins"] == after["bins"]
         else:
-            assert sum(there.summary[f"activations/{row['site']}"]["values"]) > 0
+            assert sum(drawn["activations/" + row["site"].replace(".", "/")]["values"]) > 0
 
     (weights,) = outputs.glob("cache/float/*/tensors.pt")
     source = service.artifact(f"float-{weights.parent.name}")

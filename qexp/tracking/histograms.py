@@ -19,7 +19,7 @@ BINS = 64
 def histograms(model: nn.Module | None, sketches: TensorCache) -> Iterator[tuple[str, Histogram]]:
     """Weights of each layer before and after quantization, in the same bins, and activations as calibration saw them.
 
-    A network that is not quantized has none.
+    A network that is not quantized has none. Names have slashes for dots, at which W&B would take them apart.
     """
     if model is None:
         return
@@ -35,7 +35,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Histogram]]:
             before, after = layer.weight.detach(), quantizer(layer.weight.detach())
             span = torch.stack([before, after]).aminmax()
             for what, values in ("float", before), ("quantized", after):
-                yield f"weights/{name}/{what}", _histogram(values, None, (float(span.min), float(span.max)))
+                yield f"weights/{_slashed(name)}/{what}", _histogram(values, None, (float(span.min), float(span.max)))
 
 
 def _activations(model: nn.Module, sketches: TensorCache) -> Iterator[tuple[str, Histogram]]:
@@ -48,7 +48,11 @@ def _activations(model: nn.Module, sketches: TensorCache) -> Iterator[tuple[str,
         if state is not None:
             observer.load(state)
             stats = observer.compute()
-            yield f"activations/{quantizer.site}", _histogram(stats.points, stats.weights, None)
+            yield f"activations/{_slashed(quantizer.site)}", _histogram(stats.points, stats.weights, None)
+
+
+def _slashed(name: str) -> str:
+    return name.replace(".", "/")
 
 
 def _histogram(values: Tensor, weights: Tensor | None, span: tuple[float, float] | None) -> Histogram:

@@ -6,6 +6,7 @@ METRICS = {
     "acc/sim": "accuracy of the simulation",
     "acc/engine": "accuracy of the engine that runs in int8",
     "acc/drop": "acc/fp32 minus acc/engine, or minus acc/sim where no engine ran",
+    "data/test_samples": "samples of the test split",
     "agree/argmax": "share of samples decided as the float network does",
     "sqnr/output_db": "SQNR of the simulated logits against the float ones",
     "parity/identical": "share of activation codes equal in simulation and engine",
@@ -56,12 +57,15 @@ METRICS = {
     "status": "finished, or there is no file",
 }
 
-# Curves of a run in W&B: name -> how its summary is made besides, "" being the last value, and the x-axis, "" being the
-# order of logging. The history of fine-tuning is logged at the end, so that a run that was killed and went on has all.
+# What a run records in W&B while it goes on, or of which it has many: name -> what stands in its summary ("": the last
+# value), and the x-axis ("": the order of logging). The history of fine-tuning is logged at the end, so that a run
+# that was killed and went on has all of it.
 CURVES = {
     "train/loss": ("min,last", ""),
     "finetune/changed_codes": ("", ""),
     "finetune/history/loss": ("min,last", "epoch"),
     "finetune/history/changed_codes": ("last", "epoch"),
     "finetune/history/weight_change": ("last", "epoch"),
+    "weights/*": ("none", ""),
+    "activations/*": ("none", ""),
 }
