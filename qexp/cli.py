@@ -74,14 +74,17 @@ def _main(arguments: list[str]) -> int:
             raise ConfigError(
                 f"--{option.replace('_', '-')}: is not for qexp; --config-dir DIR adds configs of your own"
             )
-    if parsed.help or parsed.hydra_help or parsed.cfg or parsed.info or parsed.shell_completion:
+    if parsed.help:
+        return _help(parsed.overrides, parsed.config_dir)
+    if parsed.shell_completion and parsed.overrides[:1] and parsed.overrides[0].startswith("query="):
+        from qexp.completion import query
+
+        return query(parsed.overrides[0].removeprefix("query="), list(VERBS))
+    if parsed.hydra_help or parsed.cfg or parsed.info or parsed.shell_completion:
         start_hydra(parsed.config_dir)
-        composed([text for text in parsed.overrides if text not in swept_of(parsed.overrides)])
-        try:
-            return _shown_by_hydra(arguments)
-        finally:  # after its help Hydra exits
-            if parsed.help:
-                _print_verbs()
+        if not parsed.shell_completion:
+            composed([text for text in parsed.overrides if text not in swept_of(parsed.overrides)])
+        return _shown_by_hydra(arguments)
     call = compose_call(parsed.overrides, parsed.multirun, parsed.config_dir)
     require_places(call.jobs)
     if dry:
@@ -145,10 +148,14 @@ def _shown_by_hydra(arguments: list[str]) -> int:
     return 0
 
 
-def _print_verbs() -> None:
-    print("Other verbs (qexp VERB --help):")
-    for verb, (_, purpose) in VERBS.items():
-        print(f"  qexp {verb:<12} {purpose}")
+def _help(words: list[str], config_dir: str | None) -> int:
+    """The page about these words, or about all there is."""
+    from qexp.help_page import page
+
+    if words and words[0] in VERBS:
+        return import_module(VERBS[words[0]][0]).main(["--help"])
+    print(page(words, config_dir, {verb: purpose for verb, (_, purpose) in VERBS.items()}), end="")
+    return 0
 
 
 def _refuse(message: str) -> NoReturn:

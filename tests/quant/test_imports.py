@@ -22,11 +22,11 @@ ORDER = [
         "finetuning", "sections", "plans", "flat", "compare", "papers",
     },
     {"run"},
-    {"attempt", "composing", "jobs"},
+    {"attempt", "composing", "jobs", "help_page", "completion", "doctor"},
     {"launch"},
     {"sweep"},
     {"search"},
-    {"cli", "levels_cli", "flatness_cli", "compare_cli", "__main__"},
+    {"cli", "levels_cli", "flatness_cli", "compare_cli", "doctor_cli", "__main__"},
 ]
 # fmt: on
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
