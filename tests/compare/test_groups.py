@@ -5,7 +5,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -14,9 +14,12 @@ from qexp.compare.differences import brief, differences, same_word, texts
 from qexp.compare.groups import metrics_of, origins, where
 from qexp.sections import ConfigError
 
+# A busy machine is no fault of these.
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 finite = st.floats(-1e6, 1e6)
 
 
+@patient
 @given(st.lists(finite, min_size=2, max_size=40), st.sampled_from([0.5, 0.9, 0.95, 0.99]))
 def test_the_interval_is_that_of_scipy_stats(values, share):
     found = mean_of(values, share)
@@ -139,6 +142,7 @@ LEAVES = st.one_of(st.none(), st.booleans(), st.integers(0, 3), st.sampled_from(
 CONFIGS = st.recursive(LEAVES, lambda inner: st.dictionaries(NAMES, inner, max_size=3), max_leaves=8)
 
 
+@patient
 @given(st.lists(st.dictionaries(NAMES, CONFIGS, max_size=4), min_size=1, max_size=5))
 def test_differences_are_there_where_configs_differ_and_have_one_text_each(configs):
     found = differences(configs)
