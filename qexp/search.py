@@ -16,7 +16,7 @@ from qexp.report import terminal
 from qexp.report.board import Board
 from qexp.sections import ConfigError, build
 from qexp.store import digest, running, writable
-from qexp.sweep import costs, distinct, mark, write_record
+from qexp.sweep import costs, distinct, end, mark, write_plan
 from qexp.tracking.metrics import METRICS
 
 SAMPLERS = ("tpe", "nsga2", "random")
@@ -97,7 +97,8 @@ def run_search(call: Call) -> tuple[Call, Board, Path]:
     trials = [trial.number for trial in study.get_trials(deepcopy=False)]
     made = replace(call, jobs=[_job(call.space, study, number) for number in trials])
     front = list(dict.fromkeys(made.jobs[trial.number].run_id for trial in study.best_trials))
-    write_record(made, identity, {"objectives": search.objectives, "front": front})
+    write_plan(made, identity, {"objectives": search.objectives, "front": front})
+    end(made, board, folder)
     return made, board, folder
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,16 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from qexp.compare.groups import groups_of
+from qexp.compare.records import read
 from qexp.jobs import Call, Job, require_ready
 from qexp.launch.launcher import launcher_of
 from qexp.report import terminal
 from qexp.report.board import Board, Costs
+from qexp.report.comparison import comparison_rows, pareto_figure
+from qexp.sections import build
 from qexp.store import digest, failure, log_file, replace_text
+from qexp.tracking.sweeps import summarise_sweep
 
 # What another run of the same config may answer differently: times, and what depends on which engine was faster.
 MOST_ROWS = 100  # of a table on the terminal
@@ -40,12 +46,15 @@ def run_sweep(call: Call) -> tuple[Board, Path]:
     launcher = launcher_of(call)
     missing = to_run(call.jobs)
     require_ready(missing)
-    mark(missing, sweep_id(call.jobs))
+    identity = sweep_id(call.jobs)
+    mark(missing, identity)
+    folder = write_plan(call, identity)
     with Board(missing, costs(call.jobs)) as board:
         launcher.launch(missing, board, patient=False)
         if busy := board.later():  # other processes are at these: wait for them, and take over what they leave
             launcher.launch(busy, board, patient=True)
-    return board, write_record(call, sweep_id(call.jobs))
+    end(call, board, folder)
+    return board, folder
 
 
 def to_run(jobs: list[Job]) -> list[Job]:
@@ -71,16 +80,48 @@ def mark(jobs: list[Job], identity: str) -> None:
             tags.append(f"sweep-{identity}")
 
 
-def write_record(call: Call, identity: str, more: dict[str, Any] | None = None) -> Path:
-    """sweep.json, which says what the sweep is, and results.json, the same to the byte however often it was killed."""
+def write_plan(call: Call, identity: str, more: dict[str, Any] | None = None) -> Path:
+    """sweep.json, which says what the sweep is made of; its folder comes back."""
     folder = call.jobs[0].outputs / "sweeps" / identity
-    runs = [{"run_id": job.run_id, "label": job.settings.label, "choice": job.choice} for job in call.jobs]
     varied = list(dict.fromkeys(key for job in call.jobs for key in job.choice))
-    told = {"sweep_id": identity, "experiment": call.experiment, "varied": varied, "runs": runs} | (more or {})
+    told = {"sweep_id": identity, "experiment": call.experiment, "varied": varied, "runs": _rows(call)} | (more or {})
     replace_text(folder / "sweep.json", json.dumps(told, indent=2) + "\n")
-    rows = [row | _came_of(job) for row, job in zip(runs, call.jobs, strict=True)]
-    replace_text(folder / "results.json", json.dumps(rows, indent=2, sort_keys=True) + "\n")
     return folder
+
+
+def write_results(call: Call, folder: Path) -> None:
+    """results.json: what came of each job, the same to the byte however often the sweep was killed."""
+    rows = [row | _came_of(job) for row, job in zip(_rows(call), call.jobs, strict=True)]
+    replace_text(folder / "results.json", json.dumps(rows, indent=2, sort_keys=True) + "\n")
+
+
+def _rows(call: Call) -> list[dict[str, Any]]:
+    return [{"run_id": job.run_id, "label": job.settings.label, "choice": job.choice} for job in call.jobs]
+
+
+def end(call: Call, board: Board, folder: Path) -> None:
+    """Tell the logger of the whole, then write the results: where those are missing, something was cut off before."""
+    if board.total or not (folder / "results.json").exists():
+        _tell_logger(call, board, folder)
+    write_results(call, folder)
+
+
+def _tell_logger(call: Call, board: Board, folder: Path) -> None:
+    """The comparison of a sweep as one more run of its logger, with the Pareto front as a picture."""
+    section = call.jobs[0].settings.config["logger"]
+    if not build(section, "logger").summarises:
+        return
+    groups = groups_of(read([folder]).runs)
+    if not groups:
+        return
+    columns, rows = comparison_rows(groups)
+    figure = pareto_figure(groups) if find_spec("matplotlib") else None
+    title = call.experiment or f"sweep {folder.name}"
+    finished = sum(job.finished() is not None for job in distinct(call.jobs))
+    told = {"experiment": call.experiment, "overrides": list(call.master.hydra.overrides.task)}
+    counts = {"finished": finished, "failed": len(board.failed)}
+    with terminal.stage("the sweep as a whole, in its logger"):
+        summarise_sweep(section, call.jobs[0].outputs, folder.name, title, columns, rows, figure, told, **counts)
 
 
 def _came_of(job: Job) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from qexp.attempt import Attempt, Outcome
 from qexp.jobs import compose_call, compose_jobs
 from qexp.report.board import Board, Costs
 from qexp.store import StoreError, failure, record_failure, replace_text, running
-from qexp.sweep import distinct, lasting, sweep_id, to_run, write_record
+from qexp.sweep import distinct, lasting, sweep_id, to_run, write_plan, write_results
 
 ROOT = Path(__file__).parents[1]
 FAST = ["trainer.epochs=1", "engine.seconds=0.02", "engine=onnxruntime"]
@@ -118,7 +118,8 @@ def test_the_record_names_what_failed_and_what_was_not_run(call):
     jobs = distinct(call.jobs)
     finish(jobs[0], **{"acc/sim": 0.5})
     record_failure(jobs[1].outputs, jobs[1].run_id, "a label", "it broke")
-    folder = write_record(call, "an_id")
+    folder = write_plan(call, "an_id")
+    write_results(call, folder)
     rows = json.loads((folder / "results.json").read_text())
     by_run = {row["run_id"]: row for row in rows}
     assert by_run[jobs[0].run_id]["metrics"] == {"acc/sim": 0.5, "status": "finished"}

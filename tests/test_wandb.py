@@ -204,7 +204,8 @@ def summarised(outputs: Path, mode: str, **options) -> str:
     figure.subplots().plot([1, 2], [3, 4])
     section = {"_target_": "qexp.tracking.Wandb", "mode": mode, "tags": ["sweep-feed"], **options}
     columns, rows = ["run", "acc/sim"], [["a", 0.5], ["b", None]]
-    return summarise_sweep(section, outputs, "feed", "wu2020", columns, rows, figure, {"experiment": "wu2020"}, 1)
+    told, counts = {"experiment": "wu2020"}, {"finished": 1, "failed": 1}
+    return summarise_sweep(section, outputs, "feed", "wu2020", columns, rows, figure, told, **counts)
 
 
 def sweep(service) -> None:
@@ -233,7 +234,7 @@ def test_the_summary_of_a_sweep_stays_one_run(service, tmp_path):
 @pytest.mark.parametrize("kind", ["Csv", "NoLogger"])
 def test_other_loggers_keep_nothing_of_a_sweep(tmp_path, kind):
     section = {"_target_": f"qexp.tracking.{kind}", "group": None, "tags": ["sweep-feed"]}
-    assert summarise_sweep(section, tmp_path / "outputs", "feed", "wu2020", [], []) == ""
+    assert summarise_sweep(section, tmp_path / "outputs", "feed", "wu2020", [], [], finished=0) == ""
     assert not list(tmp_path.iterdir())
 
 

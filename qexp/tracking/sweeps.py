@@ -11,12 +11,13 @@ from qexp.tracking.loggers import RunInfo
 
 def summarise_sweep(
     section: dict[str, Any], outputs: Path, sweep_id: str, title: str, columns: list[str], rows: list[list[Any]],
-    figure: Any = None, config: dict[str, Any] | None = None, failed: int = 0,
+    figure: Any = None, config: dict[str, Any] | None = None, *, finished: int, failed: int = 0,
 ) -> str:  # fmt: skip
     """Record the comparison of a sweep's runs as one more run, `sweep-<sweep_id>`, which stays one if repeated.
 
-    `section` is the logger's config, `figure` one of matplotlib, such as the Pareto front, `failed` the number of runs
-    that failed. Returns how to look at it; "" where the logger keeps nothing of a sweep. Errors: those of the logger.
+    `section` is the logger's config, `figure` one of matplotlib, such as the Pareto front, `finished` and `failed` are
+    numbers of runs. Returns how to look at it; "" where the logger keeps nothing of a sweep. Errors: those of the
+    logger.
     """
     logger = build(section, "logger")
     if not logger.summarises:
@@ -26,7 +27,7 @@ def summarise_sweep(
         record.table("runs", columns, rows)  # a name with a slash would make an artifact of a random name
         if figure is not None:
             record.figure("pareto", figure)
-        record.metrics({"sweep/runs_finished": len(rows) - failed, "sweep/runs_failed": failed})
-        told = f"{len(rows) - failed} of {len(rows)} runs finished"
+        record.metrics({"sweep/runs_finished": finished, "sweep/runs_failed": failed})
+        told = f"{finished} of {finished + failed} runs finished"
         record.alert(f"{title}: {'failed' if failed else 'finished'}", told, failure=failed > 0)
     return record.where
