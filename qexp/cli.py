@@ -29,6 +29,7 @@ from qexp.store import log_file, run_folder
 # Other verbs than to run: the first word -> the module that has its `main(arguments) -> exit code`, and what it does.
 VERBS = {
     "compare": ("qexp.compare_cli", "runs beside each other, as a table and as a page for the browser"),
+    "doctor": ("qexp.doctor_cli", "whether this machine and this installation are fit, and what to do"),
     "flatness": ("qexp.flatness_cli", "how flat the minima of float training, PTQ and QAT are, as a table and figures"),
     "levels": ("qexp.levels_cli", "which numbers a format has, as tables and figures; nothing is trained"),
     "sync": ("qexp.tracking.sync", "uploads what W&B keeps on disk, also from a folder that was copied"),

@@ -137,7 +137,7 @@ def _overview(configs: Configs, verbs: dict[str, str]) -> str:
     of_sweeps = [group for group in configs.groups if group.startswith("hydra/")]
     keys = [(f"{key.name}={key.value}", key.comment) for key in configs.keys if key.value is not None]
     lines = [*_wrapped(HEADER), "", *USAGE.splitlines(), "", *_rows(EXAMPLES.items(), 39), ""]
-    lines += ["Verbs (qexp VERB --help):", *_rows(verbs.items()), ""]
+    lines += ["Verbs (qexp VERB --help says more):", *_rows((f"qexp {verb}", told) for verb, told in verbs.items()), ""]
     lines += _wrapped("Choices, the default first (GROUP=OPTION; qexp --help GROUP says what each is):")
     lines += [line for group in axes for line in _choices(configs, group)]
     lines += ["", *_wrapped("How and where a sweep runs (chosen and explained the same way):")]

@@ -22,7 +22,7 @@ ORDER = [
         "finetuning", "sections", "plans", "flat", "compare", "papers",
     },
     {"run"},
-    {"attempt", "composing", "jobs", "help_page", "completion", "doctor"},
+    {"attempt", "composing", "jobs", "help_page", "completion", "doctor", "probes"},
     {"launch"},
     {"sweep"},
     {"search"},
