@@ -15,6 +15,7 @@ from qexp import store
 from qexp.report import terminal
 from qexp.sections import ConfigError
 from qexp.settings import Settings
+from qexp.stopping import stopped_before
 
 USER_ERRORS = (ConfigError, store.StoreError, HydraException, OmegaConfBaseException, ValueError, OSError)
 
@@ -60,6 +61,8 @@ def attempt(settings: Settings, patient: bool = True, whole_process: bool = Fals
                 return Attempt(Outcome.FINISHED, look=run(settings).where)
             except Exception as error:
                 terminal.to_log(traceback.format_exc())
+                if stopped := stopped_before(error):
+                    raise stopped from None
                 failed = Attempt(Outcome.FAILED, sentence(error), isinstance(error, ConfigError))
                 store.record_failure(outputs, identity, settings.label, failed.sentence)
                 return failed

@@ -13,6 +13,13 @@ class Stopped(SystemExit):
     """
 
 
+def stopped_before(error: BaseException | None) -> Stopped | None:
+    """The stop during whose unwinding an error came up, as where the same signal has ended a service of a library."""
+    while error is not None and not isinstance(error, Stopped):
+        error = error.__context__
+    return error
+
+
 def unwind_on_signals() -> None:
     """Raise Stopped where SIGINT or SIGTERM arrives; the second signal kills."""
     stderr = sys.stderr  # of now: while a network is traced, for one, that of the moment is redirected

@@ -41,7 +41,7 @@ class Told(NamedTuple):
     reason: str = ""
 
     def sentence(self, log: Path) -> str:
-        """For the user, with the last word of the job's log where Slurm gives no reason.
+        """For the user, with the first error in the job's log where Slurm gives no reason.
 
         >>> Told("OUT_OF_MEMORY").sentence(Path("none"))
         'OUT_OF_MEMORY (hydra.launcher.mem_gb sets how much there is)'
@@ -53,8 +53,9 @@ class Told(NamedTuple):
         reason = self.reason
         if self.state in KEYS:
             reason = f"hydra.launcher.{KEYS[self.state]} sets how much there is"
-        elif self.state == "FAILED" and log.exists():
-            reason = (log.read_text(errors="replace").strip().splitlines() or [reason])[-1]
+        elif self.state == "FAILED":
+            lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+            reason = next((line for line in lines if "rror" in line), reason)
         return f"{self.state}{f' ({reason})' if reason not in ('', 'None') else ''}"
 
 
