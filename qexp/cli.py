@@ -89,9 +89,10 @@ def _main(arguments: list[str]) -> int:
     call = compose_call(parsed.overrides, parsed.multirun, parsed.config_dir)
     require_places(call.jobs)
     if dry:
+        from qexp.search import dry_search
         from qexp.sweep import dry_run
 
-        return dry_run(call)
+        return dry_run(call) if call.space is None else dry_search(call)
     return _sweep(call) if call.is_sweep else _single(call.jobs[0])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import Any
 
 from hydra.core.override_parser.types import ValueType
 from omegaconf import OmegaConf
+from rich import box
+from rich.markup import escape
+from rich.table import Table
 
 from qexp.jobs import Call, Job, Space, require_ready
 from qexp.launch.launcher import launcher_of
@@ -72,15 +76,8 @@ def run_search(call: Call) -> tuple[Call, Board, Path]:
     The study lies below paths.outputs: the same search goes on where it was, after a kill too. Errors: ConfigError
     before any trial starts.
     """
-    try:
-        import optuna
-    except ImportError:
-        raise ConfigError(INSTALL) from None
-    search, launcher = search_of(call), launcher_of(call)
-    if not call.space.varied:
-        raise ConfigError("hydra/sweeper=optuna: no key has several values, as in quantizer.weight.bits=2,4,8")
+    search, launcher = _required(call), launcher_of(call)
     require_ready(distinct(call.jobs))
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     identity, outputs = study_id(call, search), call.jobs[0].outputs
     folder = writable(outputs / "sweeps" / identity)
     at_once = launcher.at_once(call.jobs) if search.at_once == "auto" else search.at_once
@@ -100,6 +97,44 @@ def run_search(call: Call) -> tuple[Call, Board, Path]:
     write_plan(made, identity, {"objectives": search.objectives, "front": front})
     end(made, board, folder)
     return made, board, folder
+
+
+def _required(call: Call) -> Optuna:
+    """The search of a call that can be made. Errors: ConfigError."""
+    try:
+        import optuna
+    except ImportError:
+        raise ConfigError(INSTALL) from None
+    if not call.space.varied:
+        raise ConfigError("hydra/sweeper=optuna: no key has several values, as in quantizer.weight.bits=2,4,8")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return search_of(call)
+
+
+def dry_search(call: Call) -> int:
+    """Print what would be searched, and how far an earlier call came. Errors: those of run_search."""
+    search, launcher = _required(call), launcher_of(call)
+    identity, known = study_id(call, search), costs(call.jobs)
+    folder = call.jobs[0].outputs / "sweeps" / identity
+    study = _study(folder, identity, search) if (folder / "study.log").exists() else None
+    ended = sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False)) if study else 0
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("key")
+    table.add_column("what is tried", overflow="fold")
+    for key in call.space.varied:
+        table.add_row(escape(key), escape(str(call.space.overrides[key].input_line).partition("=")[2]))
+    terminal.output.print(table)
+    aims = ", ".join(f"{name} {direction}d" for name, direction in search.objectives.items())
+    terminal.output.print(f"search {identity} by {search.sampler}: {aims}", markup=False)
+    at_once = launcher.at_once(call.jobs) if search.at_once == "auto" else search.at_once
+    left, guesses = max(search.trials - ended, 0), [known.guess(job.kind) for job in call.jobs]
+    about = "no finished run in this folder says how long"
+    if None not in guesses:
+        seconds = round(left * sum(guesses) / len(guesses) / at_once)
+        about = f"about {datetime.timedelta(seconds=seconds)}"
+    told = f"{left} of {search.trials} trials to make, {at_once} at once"
+    terminal.output.print(f"{told}, {about}" if left else f"{told}; more: hydra.sweeper.trials=N", markup=False)
+    return 0
 
 
 def show_front(call: Call, folder: Path) -> None:

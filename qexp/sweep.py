@@ -188,19 +188,19 @@ def dry_run(call: Call) -> int:
         table.add_column(heading, overflow="fold")
     table.add_column("about", justify="right", no_wrap=True)
     for job in jobs:
-        state = "finished" if job.run_id not in missing else "failed before" if _failed(job) else "to run"
+        why = failure(job.outputs, job.run_id)
+        state = "finished" if job.run_id not in missing else f"failed before: {why}" if why else "to run"
         cost = known.guess(job.kind) if job.run_id in missing else None
-        table.add_row(job.run_id, escape(job.name), state, "" if cost is None else f"{cost:.1f} s")
+        table.add_row(job.run_id, escape(job.name), escape(state), "" if cost is None else f"{cost:.1f} s")
     terminal.output.print(table)
     workers = launcher_of(call).at_once(to_run(jobs)) if call.is_sweep else 1
     guesses = [known.guess(job.kind) for job in jobs if job.run_id in missing]
-    if None in guesses:
+    if not missing:
+        about = "store=rerun makes them again"
+    elif None in guesses:
         about = "no finished run in this folder says how long"
     else:
-        about = f"about {datetime.timedelta(seconds=round(sum(guesses) / workers))} with {workers} at once"
+        beside = f" with {workers} at once" if workers > 1 else ""
+        about = f"about {datetime.timedelta(seconds=round(sum(guesses) / workers))}{beside}"
     terminal.output.print(f"{len(missing)} of {len(jobs)} runs to make, {about}", markup=False)
     return 0
-
-
-def _failed(job: Job) -> bool:
-    return failure(job.outputs, job.run_id) is not None
