@@ -81,7 +81,7 @@ def replacing(folder: Path) -> Iterator[Path]:
     try:
         for parent in folder.parent, aside.parent:
             parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(_unfinished(folder) / f"{folder.name}.lock"):
+        with _held(_unfinished(folder) / f"{folder.name}.lock"):
             _remove(aside, old)  # while the lock is held, these are what a killed run left
             aside.mkdir()
             try:
@@ -107,19 +107,25 @@ def _remove(*folders: Path) -> None:
 
 @contextmanager
 def running(outputs: Path, identity: str, patient: bool = True) -> Iterator[bool]:
-    """Be the only process that is at this run; yields whether that is so, which it always is after patience.
+    """Be the only process that is at this run; yields whether that is so, which it always is after patience."""
+    with _held(writable(outputs / ".unfinished") / f"{identity}.running", timeout=-1 if patient else 0) as alone:
+        yield alone
 
-    The system drops the lock of a process however it ends.
+
+@contextmanager
+def _held(path: Path, timeout: float = -1) -> Iterator[bool]:
+    """Hold a lock; yields whether it was to be had in time.
+
+    The system drops it when its holder ends, however that is: on no account is it a file that a killed process leaves.
     """
-    lock = FileLock(writable(outputs / ".unfinished") / f"{identity}.running")
+    lock = FileLock(path, timeout, fallback_to_soft=False)
     try:
-        lock.acquire(timeout=-1 if patient else 0)
+        lock.acquire()
     except Timeout:
         yield False
         return
-    except (OSError, NotImplementedError) as error:
-        why = "its file system has no locks" if isinstance(error, NotImplementedError) else error.strerror or error
-        raise StoreError(f"paths.outputs: cannot lock {lock.lock_file}: {why}") from None
+    except OSError as error:
+        raise StoreError(f"paths.outputs: cannot lock {path}: {error.strerror or error}") from None
     try:
         yield True
     finally:
@@ -211,7 +217,7 @@ class TensorCache:
         Errors: StoreError.
         """
         place = writable(_unfinished(self.folder))
-        with FileLock(place / f"{self.folder.name}.making"):
+        with _held(place / f"{self.folder.name}.making"):
             yield
 
     def load(self) -> dict | None:

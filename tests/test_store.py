@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qexp.store import StoreError, TensorCache, read_metrics, replacing, writable, write_json
+from qexp.store import StoreError, TensorCache, read_metrics, replacing, running, writable, write_json
 
 
 def write(folder: Path, content: str) -> None:
@@ -186,3 +186,16 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     cache = TensorCache(tmp_path / "cache" / "float", {}, "train again")
     with pytest.raises(StoreError, match="^paths.outputs: cannot write to .*cache"), cache.lock():
         pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_one_sentence(tmp_path, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    cache = TensorCache(tmp_path / "cache" / "float", {}, "train again")
+    for held in running(tmp_path, "a"), replacing(tmp_path / "runs" / "a"), cache.lock():
+        with pytest.raises(StoreError, match=f"^paths.outputs: cannot lock .*: {os.strerror(number)}$"), held:
+            pass
+    assert not list(tmp_path.glob("runs/*"))
