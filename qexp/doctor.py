@@ -55,6 +55,7 @@ SPEED = {  # the best instruction set for int8 -> what it means
     "avx512f": "no VNNI: int8 gains little, and its sums may saturate in 16 bits",
     "avx2": "no VNNI: int8 gains little, and its sums may saturate in 16 bits",
 }
+WITHOUT_TORCH = "because torch does not"
 LOCAL_LOCKS = ("nolock", "local_lock=flock", "local_lock=all", "localflock")
 
 
@@ -78,6 +79,9 @@ def findings(outputs: Path) -> list[Finding]:
         }  # fmt: skip
         found = {check: _safe(check, look) for check, look in here.items()}
         told = {name: answer for one in asked for name, answer in one.result().items()}
+    for name, answer in told.items():  # whose fault it is
+        if name != "torch" and "error" in answer and answer["error"] == told["torch"].get("error"):
+            answer["error"] = WITHOUT_TORCH
     return [
         *found["Python"], *found["versions"], *found["processor"],
         *_safe("torch", lambda: _torch(told["torch"])),
@@ -141,6 +145,18 @@ def install(*packages: str) -> str:
     wanted = [declared.get(package.lower(), package) for package in packages]
     python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
     return shlex.join([python, "-m", "pip", "install", *wanted])
+
+
+def _repair(told: dict[str, Any], *packages: str) -> str:
+    """The command that makes these anew, which pip does not do with what is installed unless it is told to."""
+    if told["error"] == WITHOUT_TORCH:
+        return ""
+    command = install(*packages)
+    return (
+        command.replace(" install ", " install --force-reinstall --no-deps ")
+        if all(map(_installed, packages))
+        else command
+    )
 
 
 def _requirements() -> list[str]:
@@ -208,7 +224,7 @@ def _processor() -> Iterator[Finding]:
 
 def _torch(told: dict[str, Any]) -> Iterator[Finding]:
     if "error" in told:
-        yield Finding("torch", PROBLEM, f"does not work ({told['error']})", install("torch"))
+        yield Finding("torch", PROBLEM, f"does not work ({told['error']})", _repair(told, "torch"))
         return
     build, gpus = told["build"], told["gpus"]
     what = f"{told['version']} ({build or 'CPU build'}), {told['threads']} threads"
@@ -228,7 +244,7 @@ def _torch(told: dict[str, Any]) -> Iterator[Finding]:
 def _required(name: str, told: dict[str, Any]) -> Iterator[Finding]:
     check, packages = REQUIRED[name]
     if "error" in told:
-        yield Finding(check, PROBLEM, f"does not work ({told['error']})", install(*packages))
+        yield Finding(check, PROBLEM, f"does not work ({told['error']})", _repair(told, *packages))
     else:
         yield Finding(check, OK, ", ".join(f"{package} {_installed(package) or ''}".strip() for package in packages))
 
@@ -241,7 +257,7 @@ def _optional(name: str, told: dict[str, Any]) -> Iterator[Finding]:
         beside = ", though sbatch is here" if submits else ""
         yield Finding(check, NOTE, f"{', '.join(missing)} not installed ({purpose}){beside}", install(*missing))
     elif "error" in told:
-        yield Finding(check, PROBLEM, f"does not work, {purpose} ({told['error']})", install(*packages))
+        yield Finding(check, PROBLEM, f"does not work, {purpose} ({told['error']})", _repair(told, *packages))
     else:
         what = ", ".join(f"{package} {_installed(package)}" for package in packages)
         if name == "slurm" and not submits:
@@ -253,7 +269,7 @@ def _optional(name: str, told: dict[str, Any]) -> Iterator[Finding]:
 
 def _engine(check: str, package: str, told: dict[str, Any]) -> Iterator[Finding]:
     if "error" in told:
-        yield Finding(check, PROBLEM, f"does not run int8 ({told['error']})", install(package))
+        yield Finding(check, PROBLEM, f"does not run int8 ({told['error']})", _repair(told, package))
     elif told["saturates"]:
         what = f"{told['version']} runs int8, but sums saturate in 16 bits on this CPU: engine and simulation differ"
         yield Finding(check, NOTE, what, "quantizer.weight.bits=7 keeps every sum in range")
@@ -283,7 +299,7 @@ def _compiler() -> Iterator[Finding]:
 
 def _wandb(told: dict[str, Any]) -> Iterator[Finding]:
     if "error" in told:
-        yield Finding("W&B", PROBLEM, f"does not work ({told['error']})", f"{install('wandb')}, or logger=none")
+        yield Finding("W&B", PROBLEM, f"does not work ({told['error']})", f"{_repair(told, 'wandb')}, or logger=none")
         return
     what, mode = f"wandb {told['version']}", told["mode"]
     if "unreadable" in told:

@@ -129,7 +129,7 @@ def test_a_broken_package_is_found_and_the_others_are_looked_at_all_the_same(fol
     assert "error" not in answers["wandb"]
     (row,) = doctor._optional("optuna", answers["optuna"])
     assert (row.check, row.state) == ("search", PROBLEM)
-    assert "pip install 'optuna<6,>=4.9'" in row.todo
+    assert "pip install --force-reinstall --no-deps 'optuna<6,>=4.9'" in row.todo
     (row,) = doctor._required("data", answers["data"])
     assert row.state == PROBLEM and "scikit-learn" in row.todo
 
@@ -160,7 +160,16 @@ def test_the_exit_code_tells_of_problems(all_well, capsys):
     assert doctor_cli.main([]) == 1
     out = capsys.readouterr().out
     assert "does not work (OSError: no)" in out
-    assert "-m pip install 'torch<2.14,>=2.11'" in out
+    assert "-m pip install --force-reinstall --no-deps 'torch<2.14,>=2.11'" in out
+
+
+def test_what_fails_for_want_of_torch_is_not_blamed(all_well):
+    for name in "torch", "training", "onnxruntime":
+        all_well[name] = {"error": "ImportError: no symbol"}
+    rows = {finding.check: finding for finding in doctor.findings(Path("outputs"))}
+    assert rows["torch"].todo
+    for check in "training", "ONNX Runtime":
+        assert rows[check].state == PROBLEM and not rows[check].todo and "because torch does not" in rows[check].what
 
 
 @pytest.mark.parametrize("columns", [80, 120])
