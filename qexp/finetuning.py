@@ -19,7 +19,7 @@ from qexp.quant.batchnorm import reestimate_batchnorm_, refold_batchnorm_, unfol
 from qexp.quant.convert import layers, quantizers, set_mode_
 from qexp.quant.dataflow import Dataflow
 from qexp.quant.estimators import StraightThrough
-from qexp.quant.quantizer import Mode
+from qexp.quant.quantizer import Mode, Once
 from qexp.quant.sites import same_tensor
 from qexp.report import terminal
 from qexp.settings import Settings
@@ -40,7 +40,7 @@ def finetune_(
     """
     plan = settings.finetune
     start = {name: weight.detach().clone() for name, weight in _weights(model)}
-    _attach_(model, plan, flow.example)
+    attach_(model, plan, flow.example)
     if plan.batchnorm != "folded":
         unfold_batchnorm_(model, net, flow, plan.batchnorm)
     history = _fit(model, net, settings, data, folder, logger)
@@ -64,7 +64,7 @@ def _weights(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, layer.weight) for name, layer in layers(model) if hasattr(layer, "weight_quantizer")]
 
 
-def _attach_(model: nn.Module, plan: FineTune, images: Tensor) -> None:
+def attach_(model: nn.Module, plan: FineTune, images: Tensor) -> None:
     """Give quantizers their estimators, and weights the form in which they are trained."""
     for quantizer in quantizers(model):
         estimator = plan.weight if quantizer.is_weight else plan.activation
@@ -74,6 +74,8 @@ def _attach_(model: nn.Module, plan: FineTune, images: Tensor) -> None:
         for quantizer in others:  # engines quantize a tensor once, whoever reads it
             for name in first.learned:
                 setattr(quantizer, name, getattr(first, name))
+            if first.learned:
+                first.once = quantizer.once = first.once or Once()
     with torch.no_grad():
         for _, layer in layers(model):
             if hasattr(layer, "weight_quantizer") and layer.weight_quantizer.estimator is not None:

@@ -22,8 +22,7 @@ from qexp.quant.grid import IntegerGrid
 from qexp.quant.quantizer import Mode, Quantizer
 from qexp.quant.recipe import Scheme
 from qexp.quant.rounding import HalfEven, Stochastic
-from qexp.report import terminal
-from qexp.run import Run
+from qexp.run import Run, run
 from qexp.settings import SECTIONS
 from qexp.tasks.fp32 import Float32Task
 from qexp.tasks.progress import TellProgress
@@ -61,7 +60,7 @@ def command(monkeypatch, outputs):
 
     def give(*words: str) -> Run:
         found = []
-        monkeypatch.setattr(terminal, "report", found.append)
+        monkeypatch.setattr("qexp.run.run", lambda settings: found.append(run(settings)) or found[-1])
         with pytest.raises(SystemExit) as end:
             cli.main([*words, f"paths.outputs={outputs}"])
         assert end.value.code == 0

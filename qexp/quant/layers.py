@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qexp.quant import onnx_form
-from qexp.quant.affine import QParams, fake_quantize, quantize
+from qexp.quant import affine, compiled, onnx_form
+from qexp.quant.affine import HALF_EVEN, QParams, quantize
 from qexp.quant.quantizer import Mode, Quantizer
 
 
@@ -41,7 +41,10 @@ class BiasQuantizer(nn.Module):
         if Mode.EXPORT in modes:
             return onnx_form.dequantize(self.onnx_codes, self.onnx_scale, self.onnx_zero_point)
         qparams = self.qparams(input_quantizer, weight_quantizer)
-        return bias if qparams is None else fake_quantize(bias, qparams, Int32)
+        if qparams is None:
+            return bias
+        fast = compiled.is_loaded() and compiled.serves(bias, HALF_EVEN)
+        return (compiled if fast else affine).fake_quantize(bias, qparams, Int32)
 
     @staticmethod
     def has_grid(layer: nn.Module) -> bool:

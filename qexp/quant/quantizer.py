@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from enum import Enum
 
@@ -27,6 +28,25 @@ class Mode(Enum):
     OBSERVE = "observe"
     QUANTIZE = "quantize"
     EXPORT = "export"
+
+
+class Once:
+    """Sites that read one tensor by one learned scale quantize it once in a step of training, as an engine does."""
+
+    def __init__(self) -> None:
+        self._read: weakref.ref[Tensor] | None = None
+        self._made: weakref.ref[Tensor] | None = None
+        self._version = 0
+
+    def known(self, x: Tensor) -> Tensor | None:
+        """What this very tensor has become, while somebody still holds it."""
+        same = self._read is not None and self._read() is x and self._version == x._version
+        return self._made() if same else None
+
+    def keep(self, x: Tensor, values: Tensor) -> Tensor:
+        """Remember what x has become."""
+        self._read, self._made, self._version = weakref.ref(x), weakref.ref(values), x._version
+        return values
 
 
 class Quantizer(nn.Module):
@@ -67,6 +87,7 @@ class Quantizer(nn.Module):
         self.observer: Observer | None = None
         self.estimator: Estimator | None = None  # what stands in for the staircase while the network trains
         self.follows = False  # whether the range follows the data while the network trains
+        self.once: Once | None = None  # with those that read the same tensor by the same learned scale
 
     @property
     def grid(self) -> Grid:
@@ -117,9 +138,13 @@ class Quantizer(nn.Module):
                 self.step += 1
             if training and self.follows:
                 self.follow_(x)
+            shares = training and self.once is not None
+            if shares and (values := self.once.known(x)) is not None:
+                return values
             blocked, qparams = self._blocked(x if estimator is None else estimator.before(self, x))
             if training and estimator is not None:
-                return self._joined(estimator.values(self, blocked, qparams), x)
+                values = self._joined(estimator.values(self, blocked, qparams), x)
+                return self.once.keep(x, values) if shares else values
             return self._joined(self.grid.fake_quantize(blocked, qparams, self.rounding), x)
         if self.mode is Mode.OBSERVE:
             self._named(self.observer.update, x)
@@ -247,7 +272,7 @@ class Quantizer(nn.Module):
         settled = x if x is None else self.estimator.before(self, x).detach().clone()
         for name in self.learned:
             delattr(self, name)
-        self.estimator = None
+        self.estimator = self.once = None
         if not self.scheme.rounding.is_random and hasattr(self, "step"):
             del self.step
         return settled

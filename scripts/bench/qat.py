@@ -33,6 +33,7 @@ from torch.nn import functional as F
 from qexp import machine, prepare
 from qexp.engines.latency import interleave
 from qexp.finetune.plan import FineTune
+from qexp.finetuning import attach_
 from qexp.jobs import compose_jobs
 from qexp.quant import compiled
 from qexp.quant.convert import fold_batchnorm_, quantizers
@@ -291,8 +292,8 @@ def _plan(name: str) -> FineTune:
 
 def _ours(job: Run, name: str, follows: bool, images: Tensor, labels: Tensor) -> Callable[[], None]:
     model, plan = copy.deepcopy(job.quantized), _plan(name)
+    attach_(model, plan, images)
     for quantizer in quantizers(model):
-        quantizer.train_with_(plan.weight if quantizer.is_weight else plan.activation)
         quantizer.follows = follows
     return _step(model, images, labels)
 

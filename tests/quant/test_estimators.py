@@ -12,7 +12,7 @@ from qexp.quant.estimators import LSQ, Estimator, StraightThrough, sync_
 from qexp.quant.granularity import PerChannel, PerGroup, PerTensor, PerToken
 from qexp.quant.grid import IntegerGrid
 from qexp.quant.learned import PACT, TQT, AdditiveNoise, DoReFa, LSQPlus
-from qexp.quant.quantizer import Mode, Quantizer
+from qexp.quant.quantizer import Mode, Once, Quantizer
 from qexp.quant.recipe import Scheme
 from qexp.quant.rounding import Floor, HalfEven, Stochastic
 
@@ -655,3 +655,37 @@ def test_what_cannot_be_trained_is_refused_with_the_site(case, why):
 def test_wrong_options_are_named(make, option):
     with pytest.raises(ValueError, match=option):
         make()
+
+
+def test_sites_that_read_one_tensor_by_one_scale_quantize_it_once():
+    """Value and gradients are those of two quantizers, each on its own."""
+    torch.manual_seed(0)
+    x, w = torch.randn(64), torch.randn(64)
+
+    def both(shared: bool):
+        sites = [Quantizer(Scheme(IntegerGrid(3)), (), name) for name in ("a", "b")]
+        for site in sites:
+            site.set_range(torch.tensor(-1.0), torch.tensor(1.0))
+            site.mode = Mode.QUANTIZE
+            site.train_with_(LSQ())
+            site.train()
+        sites[1].learned_scale = sites[0].learned_scale
+        if shared:
+            sites[0].once = sites[1].once = Once()
+        leaf = x.clone().requires_grad_()
+        read = leaf * 1.5
+        a, b = (site(read) for site in sites)
+        (a * w + b * b).sum().backward()
+        return a, b, leaf.grad, sites
+
+    a, b, grad, _ = both(False)
+    once_a, once_b, once_grad, sites = both(True)
+    assert once_a is once_b
+    torch.testing.assert_close((once_a, once_b, once_grad), (a, b, grad), rtol=1e-6, atol=1e-6)
+    alone, shared = (both(flag)[3][0].learned_scale.grad for flag in (False, True))
+    torch.testing.assert_close(shared, alone, rtol=1e-5, atol=1e-6)
+    other = x * 1.5  # equal, and yet another tensor
+    assert sites[0](other) is not sites[0](x * 1.5)
+    first = sites[0](other)
+    other += 1  # what was read has changed since
+    assert not torch.equal(sites[1](other), first)
