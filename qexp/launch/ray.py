@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import socket
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ from qexp.report.board import Board
 from qexp.sections import ConfigError
 
 LOOK_S = 0.5
+ANSWER_S = 10.0
 # What is said where the user says nothing: what workers write is in the log of each run, and the same command tries
 # again what was lost.
 INIT = {"log_to_driver": False, "logging_level": "warning"}
@@ -43,12 +46,12 @@ class Ray:
         import ray
         from hydra_plugins.hydra_ray_launcher._launcher_util import start_ray
 
+        _require_answer(str(self.init.get("address")))
         try:
             start_ray(OmegaConf.create(INIT | self.init))
             task = ray.remote(**REMOTE | self.remote)(attempted)
         except Exception as error:  # whatever Ray may answer
-            why = sentence(error).partition(". ")[0]
-            raise ConfigError(f"hydra/launcher=ray: hydra.launcher.ray={self.init | self.remote}: {why}") from None
+            raise ConfigError(f"hydra.launcher.ray={dataclasses.asdict(self)}: {sentence(error)}") from None
         resources = ray.cluster_resources()
         board.workers = self._fitting(resources)
         where = ray.get_runtime_context().gcs_address
@@ -81,6 +84,17 @@ class Ray:
                     board.started(job)
                 board.ended(job, _came_of(job, reference))
             board.refresh()
+
+
+def _require_answer(address: str) -> None:
+    """Ray itself knocks at a closed door for minutes. Errors: ConfigError."""
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and "//" not in host:
+        try:
+            socket.create_connection((host, int(port)), timeout=ANSWER_S).close()
+        except OSError as error:
+            why = error.strerror or error
+            raise ConfigError(f"hydra.launcher.ray.init.address={address}: no Ray answers there ({why})") from None
 
 
 def _came_of(job: Job, reference: Any) -> Attempt:

@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,7 +16,6 @@ from qexp.sections import ConfigError
 
 ROOT = Path(__file__).parents[2]
 SWEEP = ["-m", "hydra/launcher=ray", "trainer.epochs=1", "engine=none", "logger=none", "model=mine"]
-HERE = Path(sys.executable).parent
 ray = pytest.mark.skipif(not find_spec("ray"), reason="needs Ray and hydra-ray-launcher: pip install 'qexp[ray]'")
 
 # A network of the user's that does as it is told in a worker.
@@ -50,6 +49,19 @@ def folder(tmp_path, monkeypatch) -> Path:
 def environment(folder) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "RAY_", "PYTEST"))}
     return kept | {"PYTHONPATH": str(ROOT), "HOME": str(folder / "home"), "RAY_AUTH_MODE": "disabled"}
+
+
+@pytest.fixture
+def cluster(monkeypatch, environment) -> str:
+    """The address of a Ray with room for two jobs."""
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as short:  # names of sockets go below
+        head = {"num_cpus": 2, "include_dashboard": False, "temp_dir": short}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        yield cluster.address
+        cluster.shutdown()
 
 
 def start(environment, *words: str) -> subprocess.Popen:
@@ -87,40 +99,33 @@ def test_what_is_lost_stops_nothing_else_and_is_all_that_the_same_command_does(e
 
 
 @ray
-def test_a_sweep_joins_a_cluster_that_is_there_and_ctrl_c_leaves_it(environment, folder):
-    port, temp = 6399, ["--temp-dir", str(folder / "home" / "ray")]
-    head = [str(HERE / "ray"), "start", "--head", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
-    cluster = subprocess.Popen(
-        [*head, *temp, "--block"], env=environment, cwd=folder / "home", stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    try:
-        address = f"hydra.launcher.ray.init.address=127.0.0.1:{port}"
-        end = time.monotonic() + 60
-        while subprocess.run([HERE / "ray", "status", "--address", f"127.0.0.1:{port}"], env=environment,
-                             capture_output=True).returncode:  # fmt: skip
-            assert time.monotonic() < end
-        code, out, err = give(environment, *SWEEP, address, "seed=0,1")
-        assert (code, f":{port}; Ctrl-C cancels them" in err, "2 runs" in out) == (0, True, True), err
-
+def test_a_sweep_joins_a_cluster_that_is_there_and_leaves_it(cluster, environment, folder):
+    address = f"hydra.launcher.ray.init.address={cluster}"
+    code, out, err = give(environment, *SWEEP, address, "seed=0,1")
+    assert (code, f"{cluster}; Ctrl-C cancels them" in err, "2 runs" in out) == (0, True, True), err
+    for number, code in (signal.SIGINT, 130), (signal.SIGKILL, -9):
         process = start(environment, *SWEEP, address, "seed=2,3,4", "trainer.epochs=500")
         while "jobs are with Ray" not in (line := process.stderr.readline()):
             assert line
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, err = process.communicate(timeout=60)
-        assert (process.returncode, "qexp: stopped by SIGINT" in err, "Traceback" in err) == (130, True, False)
-        code, out, err = give(environment, *SWEEP, address, "seed=5,6")  # whose jobs find the room
-        assert code == 0, err
-    finally:
-        os.killpg(cluster.pid, signal.SIGTERM)
-        cluster.wait(30)
+        assert (process.returncode, "Traceback" in err) == (code, False)
+    code, out, err = give(environment, *SWEEP, address, "seed=5,6")  # they find room: the jobs of the others have ended
+    assert code == 0, err
 
 
 @ray
-def test_no_cluster_to_join_is_one_sentence(environment, folder):
-    code, out, err = give(environment, *SWEEP, "hydra.launcher.ray.init.address=127.0.0.1:1", "seed=0,1")
-    assert (code, out) == (2, "")
-    assert err.splitlines()[-1].startswith("qexp: hydra/launcher=ray: ")
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ("hydra.launcher.ray.init.address=127.0.0.1:1", "127.0.0.1:1: no Ray answers there (Connection refused)"),
+        ("hydra.launcher.ray.init.address=auto", "Could not find any running Ray instance"),
+        ("+hydra.launcher.ray.remote.num_cups=1", "num_cups"),
+    ],
+)
+def test_what_ray_refuses_is_one_sentence(environment, folder, key, told):
+    code, out, err = give(environment, *SWEEP, key, "seed=0,1")
+    assert (code, out, err.startswith("qexp: hydra.launcher.ray"), told in err) == (2, "", True, True), err
 
 
 @pytest.mark.skipif(bool(find_spec("ray")), reason="Ray is installed")
