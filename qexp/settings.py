@@ -59,8 +59,8 @@ class Settings:
 
 # What a config of the user's own may leave out.
 OPTIONAL = [
-    ("quantizer", "layers", {}), ("calibration", "logits", None), ("engine", "required", False), ("trainer", "devices", 1),
-    ("trainer", "precision", "32-true"),
+    ("quantizer", "layers", {}), ("calibration", "logits", None), ("engine", "required", False),
+    ("trainer", "devices", 1), ("trainer", "precision", "32-true"),
 ]  # fmt: skip
 OPTIONAL_KEYS = {"compiled": False, "flatness": False, "store": "resume"}  # the same for keys without a section
 # Every section with the keys it may hold; None: the keys are those of its _target_.

@@ -9,6 +9,7 @@ import pytest
 
 from qexp.jobs import compose_jobs
 from qexp.quant.grid import CONVENTIONS
+from qexp.sections import ConfigError
 from qexp.tracking import METRICS
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +31,12 @@ def test_every_command_of_the_docs_composes(words, tmp_path):
     (folder / "mine.yaml").write_text("_target_: mine.Net\n")
     config_dir = str(tmp_path) if "--config-dir" in words else None
     overrides = [w for w in words if "=" in w]
-    jobs = compose_jobs(overrides, "-m" in words, config_dir)
+    try:
+        jobs = compose_jobs(overrides, "-m" in words, config_dir)
+    except ConfigError as error:
+        if "pip install" in str(error):
+            pytest.skip(str(error))
+        raise
     assert jobs
     assert all(job.settings.method in ("fp32", "ptq", "qat") for job in jobs)
 

@@ -266,7 +266,7 @@ def test_weights_of_single_layers_have_formats_of_their_own():
     assert job.settings.label.startswith("resnet8 W8A8* ")
     for wrong, sentence in {
         "+quantizer.layers.stem=4": "quantizer.layers.stem=4: must name a layer and an option",
-        "+quantizer.layers.stem.conv.foo=4": "quantizer.layers.stem.conv.foo=4: qexp.quant.grid.IntegerGrid has no such",
+        "+quantizer.layers.stem.conv.foo=4": "quantizer.layers.stem.conv.foo=4: qexp.quant.grid.IntegerGrid has no",
         "+quantizer.layers.stem.conv.bits=99": "quantizer.layers.stem.conv.bits=99: allowed are the integers",
     }.items():
         with pytest.raises(ConfigError, match=sentence):
