@@ -26,7 +26,7 @@ from qexp.settings import Settings
 COMMANDS = "sbatch", "srun", "squeue", "scancel"
 LOOK_S = 1.0  # between looks for results, which are files
 ASK_S = 2.0, 30.0  # between questions to Slurm, which serves others too: at first, and in the long run
-LATE_S = 60.0  # until a result of a job that has ended must be visible on a shared file system
+LATE_S = {"slurm": 60.0, "local": 1.0}  # until the result of a job that has ended must be seen on a shared file system
 
 # States after which a job does not run again, and what the user may change about some of them.
 COMPLETED, GONE = "COMPLETED", "GONE"
@@ -127,7 +127,7 @@ class Submitit:
                 if state in (COMPLETED, GONE):
                     ended_at.setdefault(handle, now)
                 result = _result(handle)
-                over = state in ENDED or now - ended_at.get(handle, now) > LATE_S
+                over = state in ENDED or now - ended_at.get(handle, now) > LATE_S[self.cluster]
                 if handle not in running and (state == "RUNNING" or result is not None or over):
                     board.started(job)
                     running.add(handle)
