@@ -27,6 +27,10 @@ NEEDED = {
 }
 
 
+# What something happens in after the first epoch.
+LATER = {"krishnamoorthi2018/batchnorm"}
+
+
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_composes(choice):
     (job,) = compose_jobs([choice, *NEEDED.get(choice, [])], multirun=False)
@@ -51,9 +55,10 @@ def test_every_experiment_names_its_source_and_runs(name, tmp_path_factory):
     fast = ["trainer.epochs=1", "engine.seconds=0.05", "logger=none", f"paths.outputs={outputs}"]
     if "      seed: " in text:
         fast.append("seed=0")
-    if "\n  epochs: 10\n" in text:
-        fast.append("finetune.epochs=1")
     first, *_ = compose_jobs([f"experiment={name}", *fast], multirun=False)
+    plan = first.settings.finetune
+    if plan is not None and plan.epochs > 2 and name not in LATER:
+        first, *_ = compose_jobs([f"experiment={name}", *fast, "finetune.epochs=1"], multirun=False)
     assert run(first.settings).metrics["status"] == "finished"
 
 
@@ -73,6 +78,6 @@ def test_table_5_has_its_six_calibrations():
     fixed = ["model=resnet8", "quantizer.activation.bits=8", "data.calibration_outlier=1", "seed=0"]
     jobs = compose_jobs(["experiment=wu2020/table5", *fixed], multirun=False)
     calibrations = [str(job.settings.recipe.activation.calibration) for job in jobs]
-    percentiles = [f"percentile({value})" for value in ("99.9", "99.99", "99.999", "99.9999")]
-    assert calibrations == ["minmax", "entropy(2048, start 128)", *percentiles] or len(set(calibrations)) == 6
+    assert len(set(calibrations)) == len(calibrations) == 6
+    assert {f"percentile({value})" for value in ("99.9", "99.99", "99.999", "99.9999")} < set(calibrations)
     assert {str(job.settings.recipe.weight) for job in jobs} == {"int8 restricted, per_channel, minmax"}

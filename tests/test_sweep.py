@@ -17,7 +17,7 @@ from qexp.store import StoreError, failure, record_failure, replace_text, runnin
 from qexp.sweep import distinct, lasting, sweep_id, to_run, write_plan, write_results
 
 ROOT = Path(__file__).parents[1]
-FAST = ["trainer.epochs=1", "engine.seconds=0.02", "engine=onnxruntime"]
+FAST = ["trainer.epochs=1", "engine=none"]
 GRID = ["calibration=minmax,mse", "quantizer=int8,w4a8"]
 
 

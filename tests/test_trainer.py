@@ -62,7 +62,7 @@ def command(monkeypatch, outputs):
         found = []
         monkeypatch.setattr("qexp.run.run", lambda settings: found.append(run(settings)) or found[-1])
         with pytest.raises(SystemExit) as end:
-            cli.main([*words, f"paths.outputs={outputs}"])
+            cli.main([*words, f"paths.outputs={outputs}", "store=rerun"])
         assert end.value.code == 0
         return found[0]
 
