@@ -256,6 +256,8 @@ def require_places(jobs: list[Job]) -> None:
 
 def require_ready(jobs: list[Job]) -> None:
     """Build what each job of a sweep is made of, so that none fails hours later for a wrong option."""
+    if not jobs:
+        return  # without importing torch
     from qexp.prepare import ready
 
     silence_libraries()
