@@ -16,10 +16,12 @@ from qexp.quant.layers import (
     Add,
     BiasQuantizer,
     Int32,
+    MatMul,
     QuantAdaptiveAvgPool2d,
     QuantAdd,
     QuantConv2d,
     QuantLinear,
+    QuantMatMul,
 )
 from qexp.quant.observers import Observer, State
 from qexp.quant.quantizer import Mode, Quantizer
@@ -32,6 +34,7 @@ QUANTIZED: dict[type, tuple[type, tuple[str, ...]]] = {
     nn.Conv2d: (QuantConv2d, ("input", "output")),
     nn.Linear: (QuantLinear, ("input", "output")),
     Add: (QuantAdd, ("a", "b", "output")),
+    MatMul: (QuantMatMul, ("a", "b")),
     nn.AdaptiveAvgPool2d: (QuantAdaptiveAvgPool2d, ("input",)),
 }
 KINDS = {quantized: kind.__name__ for kind, (quantized, _) in QUANTIZED.items()}

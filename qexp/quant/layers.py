@@ -22,6 +22,18 @@ class Add(nn.Module):
         return a + b
 
 
+class MatMul(nn.Module):
+    """The product of two activations as a module, so that its operands can be quantized: a (..., M, K) times b (..., K, N).
+
+    >>> MatMul()(torch.ones(2, 3), torch.ones(3, 1))
+    tensor([[3.],
+            [3.]])
+    """
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return a @ b
+
+
 class Int32:
     """The grid of a bias. Accumulators add up to |code| + K 255 127, so a quarter of the range is used."""
 
@@ -91,6 +103,13 @@ class QuantAdd(Add):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         return self.output_quantizer(self.a_quantizer(a) + self.b_quantizer(b))
+
+
+class QuantMatMul(MatMul):
+    """y = Q(a) Q(b): both operands are computed, as the queries and keys of attention are."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.a_quantizer(a) @ self.b_quantizer(b)
 
 
 class QuantAdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
