@@ -23,7 +23,9 @@ class Add(nn.Module):
 
 
 class MatMul(nn.Module):
-    """The product of two activations as a module, so that its operands can be quantized: a (..., M, K) times b (..., K, N).
+    """The product of two activations as a module, so that its operands can be quantized.
+
+    Shapes: a (..., M, K) and b (..., K, N) to (..., M, N).
 
     >>> MatMul()(torch.ones(2, 3), torch.ones(3, 1))
     tensor([[3.],
