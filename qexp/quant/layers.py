@@ -14,11 +14,23 @@ from qexp.quant.quantizer import Mode, Quantizer
 class Add(nn.Module):
     """The sum of two tensors as a module, so that a residual connection has a name and its inputs can be quantized.
 
+    A side that arrives with its channels (the last dimension) divided by s has s as `a_factor` or `b_factor` (C,),
+    which undoes that: y = s_a a + s_b b. Without one, a side is added as it is.
+
     >>> Add()(torch.ones(2), torch.ones(2))
     tensor([2., 2.])
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("a_factor", None)  # None is no part of the state_dict
+        self.register_buffer("b_factor", None)
+
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        if self.a_factor is not None:
+            a = a * self.a_factor
+        if self.b_factor is not None:
+            b = b * self.b_factor
         return a + b
 
 
@@ -101,10 +113,10 @@ class QuantConv2d(nn.Conv2d):
 
 
 class QuantAdd(Add):
-    """y = Q(a) + Q(b), then Q(y) where an engine needs it; an engine may want one of the two in float."""
+    """y = s_a Q(a) + s_b Q(b), then Q(y) where an engine needs it; an engine may want one of the two in float."""
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return self.output_quantizer(self.a_quantizer(a) + self.b_quantizer(b))
+        return self.output_quantizer(super().forward(self.a_quantizer(a), self.b_quantizer(b)))
 
 
 class QuantMatMul(MatMul):

@@ -1,0 +1,315 @@
+"""SmoothQuant: channels in which activations are large become small, and the weights that read them large.
+
+Outliers of transformers live in few channels, the same for all tokens, and spoil the one scale of an activation
+tensor; weights have room. The network computes the same, so this comes before quantization (Xiao et al. 2023, arXiv 2211.10438):
+
+Y = (X diag(s)^-1) (diag(s) W) = X' W',   s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)        (eq. 3 and 4)
+
+1/s goes into the LayerNorm that writes X, s into the columns of all linear layers that read it. Where a residual
+connection reads X, too, as in every encoder with the norm behind the sum, its `Add` multiplies by s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from qexp.quant.dataflow import ADDITIONS, Dataflow, aten
+from qexp.quant.layers import Add
+from qexp.quant.observers import RowSample
+from qexp.quant.quantizer import Mode, Quantizer
+from qexp.quant.recipe import Recipe, Scheme
+
+# Maxima below are taken for this, so that a nearly dead channel makes no factor that float32 cannot undo.
+LEAST = 1e-5
+# f(x / s) = f(x) / s, channel by channel; in evaluation all of them are the identity.
+PASSED = (aten.dropout.default, aten.clone.default, aten.contiguous.default, aten.detach.default, aten.alias.default)
+NORMS = (aten.layer_norm.default,)
+
+
+@dataclass(frozen=True)
+class Group:
+    """A LayerNorm, all linear layers that read what it writes, and the sides ("add.a") of additions that do, too."""
+
+    norm: str
+    layers: tuple[str, ...]
+    sides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Smoothed:
+    """What has become of a group, or of a layer that is in none: then `reason` says why, and figures are None.
+
+    `largest` is the largest s; `outliers` is max|X_j| over its median before and after; `sqnr_db` has the candidates.
+    """
+
+    norm: str
+    layers: tuple[str, ...]
+    alpha: float | None = None
+    largest: float | None = None
+    outliers: tuple[float, float] | None = None
+    sqnr_db: dict[float, float] = field(default_factory=dict)
+    reason: str = ""
+
+
+class Seen(nn.Module):
+    """What a calibration pass saw of a norm's output: max|X_j| of each channel (C,) and, where wanted, some tokens.
+
+    >>> seen = Seen(2); seen.update(torch.tensor([[1.0, -4.0], [-2.0, 3.0]])); seen.largest
+    tensor([2., 4.])
+    """
+
+    def __init__(self, channels: int, rows: int = 0) -> None:
+        super().__init__()
+        self.register_buffer("largest", torch.zeros(channels))
+        self.sample = RowSample(channels, rows) if rows else None
+
+    def update(self, x: Tensor) -> None:
+        """Take in tokens (..., C). Errors: ValueError for NaN or infinity."""
+        x = x.detach().float().reshape(-1, len(self.largest))
+        largest = x.abs().amax(0)
+        if not bool(largest.isfinite().all()):
+            raise ValueError("holds NaN or infinite values")
+        torch.maximum(self.largest, largest, out=self.largest)
+        if self.sample is not None:
+            self.sample.update(x)
+
+    def rows(self) -> Tensor:
+        """The tokens (R, C) that were kept."""
+        return self.sample.rows()
+
+
+def find_groups(model: nn.Module, flow: Dataflow) -> tuple[list[Group], list[Smoothed]]:
+    """The groups of a network, and everything else that has linear layers, each with the reason why it is in none.
+
+    >>> net = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)).eval()
+    >>> groups, others = find_groups(net, Dataflow(net, torch.zeros(2, 4)))
+    >>> groups
+    [Group(norm='0', layers=('1',), sides=())]
+    >>> [(row.layers, row.reason) for row in others]
+    [(('3',), 'fed by gelu, which a scale cannot pass')]
+    """
+    groups, others, named = [], [], set()
+    for node in flow.nodes:
+        if node.target in NORMS:
+            norm, readers = flow.layer(node), _readers(node)
+            layers = tuple(dict.fromkeys(flow.layer(reader) for reader, x in readers if _multiplies(reader, x)))
+            named.update(layers)
+            if not layers:
+                continue  # nothing that could be made easier
+            if reason := _refusal(model, flow, norm, node, readers):
+                others.append(Smoothed(norm, layers, reason=reason))
+            else:
+                sides = tuple(side for reader, source in readers for side in _sides(flow, reader, source))
+                groups.append(Group(norm, layers, sides))
+    for node in flow.nodes:
+        name = flow.layer(node)
+        if node.target is aten.linear.default and name not in named and type(flow.modules.get(name)) is nn.Linear:
+            named.add(name)
+            others.append(Smoothed("", (name,), reason=f"fed by {_writer(flow, node)}, which a scale cannot pass"))
+    return groups, others
+
+
+def _readers(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+    """Who reads a tensor, each with the node that it has it from."""
+    found = []
+    for user in node.users:
+        found += _readers(user) if user.target in PASSED else [(user, node)]
+    return found
+
+
+def _multiplies(reader: fx.Node, source: fx.Node) -> bool:
+    return reader.target is aten.linear.default and reader.args[0] is source
+
+
+def _sides(flow: Dataflow, reader: fx.Node, source: fx.Node) -> list[str]:
+    """Which sides of an `Add` module this tensor is, as "name.a"; none where the reader is no such addition."""
+    name = flow.layer(reader)
+    if reader.target not in ADDITIONS or not isinstance(flow.modules.get(name), Add) or len(flow.calls[name]) != 1:
+        return []
+    return [f"{name}.{side}" for side, argument in zip("ab", reader.args, strict=False) if argument is source]
+
+
+def _refusal(
+    model: nn.Module, flow: Dataflow, norm: str, node: fx.Node, readers: list[tuple[fx.Node, fx.Node]]
+) -> str | None:
+    """Why the output of a norm cannot be scaled; None where it can."""
+    module = model.get_submodule(norm) if norm in flow.modules else None
+    if type(module) is not nn.LayerNorm:
+        return "its norm is written as a function"
+    if module.weight is None or len(module.normalized_shape) != 1:
+        return "its norm has no gamma for each channel, into which a scale could be folded"
+    if len(flow.calls[norm]) != 1:
+        return "its norm is used more than once"
+    for reader, source in readers:
+        name = flow.layer(reader)
+        if _multiplies(reader, source):
+            if type(flow.modules.get(name)) is not nn.Linear:
+                return f"also read by a product that is written as a function in {name or 'the model itself'}"
+            if len(flow.calls[name]) != 1:
+                return f"also read by {name}, which is used more than once"
+        elif not _sides(flow, reader, source):
+            return f"also read by {_told(flow, reader)}"
+    return None
+
+
+def _writer(flow: Dataflow, node: fx.Node) -> str:
+    """What a layer reads from, in a word or two."""
+    source = node.args[0]
+    while source.op == "call_function" and source.target in PASSED:
+        source = source.args[0]
+    if source.op != "call_function":
+        return "the input of the model"
+    module = flow.modules.get(flow.layer(source))
+    if isinstance(module, nn.Linear) and source.target is aten.linear.default:
+        return f"layer {flow.layer(source)}"
+    return str(source.target).split(".")[1]
+
+
+def _told(flow: Dataflow, reader: fx.Node) -> str:
+    """An operator by its own name and that of the module that it is a part of."""
+    if reader.op == "output":
+        return "whoever calls the model"
+    name = flow.layer(reader)
+    return f"{str(reader.target).split('.')[1]}{f' in {name}' if name else ''}"
+
+
+@contextmanager
+def observing_norms(model: nn.Module, groups: Sequence[Group], rows: int = 0) -> Iterator[dict[str, Seen]]:
+    """What passes the norms of these groups inside the block; `rows` tokens of each are kept.
+
+    Errors: ValueError naming a norm that writes NaN or infinite values.
+    """
+    seen = {group.norm: Seen(len(model.get_submodule(group.norm).weight), rows) for group in groups}
+
+    def look(name: str):
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            try:
+                seen[name].update(output)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+
+        return hook
+
+    hooks = [model.get_submodule(name).register_forward_hook(look(name)) for name in seen]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def factors(activations: Tensor, weights: Tensor, alpha: float) -> Tensor:
+    """s of each channel, in float64: s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)  (Xiao et al. 2023, eq. 4).
+
+    Shapes: maxima of activations and weights (C,), s (C,). alpha = 1 leaves all channels of activations equally large,
+    alpha = 0 those of weights. A channel that is zero in either has s = 1: nothing is there to be moved.
+
+    >>> factors(torch.tensor([16.0, 1.0, 0.0]), torch.tensor([1.0, 4.0, 1.0]), 0.5).tolist()
+    [4.0, 0.5, 1.0]
+    """
+    activations, weights = activations.double(), weights.double()
+    s = activations.clamp(min=LEAST) ** alpha / weights.clamp(min=LEAST) ** (1 - alpha)
+    return s.clamp(min=LEAST).where((activations > 0) & (weights > 0), 1.0)
+
+
+@torch.no_grad()
+def noise(rows: Tensor, weights: Sequence[Tensor], s: Tensor, activation: Scheme, schemes: Sequence[Scheme]) -> float:
+    """Squared error of all layers of a group: sum over W of ||X W^T - Q(X / s) Q(W s)^T||^2.
+
+    The quantizers are those of the recipe; a static range of activations is that of these tokens. Shapes: rows (R, C),
+    each W (out, C), s (C,).
+
+    >>> noise(torch.eye(2), [torch.eye(2)], torch.ones(2), Scheme(), [Scheme()])
+    0.0
+    """
+    s = s.float()
+    x = _quantized((rows / s).unsqueeze(0), activation, is_weight=False).squeeze(0)  # (N, T, C), as in the network
+    total = 0.0
+    for weight, scheme in zip(weights, schemes, strict=True):
+        error = F.linear(rows, weight) - F.linear(x, _quantized(weight * s, scheme, is_weight=True))
+        total += float(error.double().square().sum())
+    return total
+
+
+def _quantized(x: Tensor, scheme: Scheme, is_weight: bool) -> Tensor:
+    quantizer = Quantizer(scheme, tuple(x.shape), "smoothed", is_weight).eval()
+    if is_weight:
+        quantizer.calibrate(x)
+    elif not quantizer.dynamic:
+        quantizer.start_observing()
+        quantizer(x)
+        quantizer.calibrate()
+    quantizer.mode = Mode.QUANTIZE
+    return quantizer(x)
+
+
+@torch.no_grad()
+def smooth_(
+    model: nn.Module, groups: Sequence[Group], seen: dict[str, Seen], recipe: Recipe, alphas: Sequence[float] = (0.5,)
+) -> list[Smoothed]:
+    """Smooth the groups of a network in place; it computes the same. Of several alphas each group takes its best.
+
+    The best has the least `noise` on the tokens that were seen, and the smallest of equals is taken. Layers that the
+    recipe excludes have a say neither in max|W_j| nor in the noise; where it excludes all, the group stays as it is.
+
+    >>> net, x = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2)).eval(), torch.randn(8, 4)
+    >>> before, (groups, _) = net(x), find_groups(net, Dataflow(net, x))
+    >>> with observing_norms(net, groups) as seen, torch.no_grad(): _ = net(x)
+    >>> (row,) = smooth_(net, groups, seen, Recipe(), [1.0])
+    >>> torch.allclose(net(x), before, atol=1e-6), bool((net[0](x).abs().amax(0) - 1).abs().max() < 1e-6)
+    (True, True)
+    """
+    rows = []
+    for group in groups:
+        counted = [name for name in group.layers if not recipe.excludes(name)]
+        if not counted:
+            rows.append(Smoothed(group.norm, group.layers, reason="all of its layers are excluded"))
+            continue
+        weights = [model.get_submodule(name).weight for name in counted]
+        of_weights, largest = torch.stack([w.abs().amax(0) for w in weights]).amax(0), seen[group.norm].largest
+        candidates = {alpha: factors(largest, of_weights, alpha) for alpha in alphas}
+        sqnr_db = _compared(seen[group.norm], weights, candidates, recipe, counted) if len(candidates) > 1 else {}
+        alpha = max(sqnr_db, key=sqnr_db.get) if sqnr_db else alphas[0]
+        s = candidates[alpha]
+        _fold_(model, group, s)
+        outliers = _outlier_ratio(largest.double()), _outlier_ratio(largest.double() / s)
+        rows.append(Smoothed(group.norm, group.layers, alpha, float(s.max()), outliers, sqnr_db))
+    return rows
+
+
+def _compared(
+    seen: Seen, weights: list[Tensor], candidates: dict[float, Tensor], recipe: Recipe, names: list[str]
+) -> dict[float, float]:
+    """SQNR of the outputs of a group in decibels, by alpha."""
+    rows, schemes = seen.rows(), [recipe.weight_of(name) for name in names]
+    signal = sum(float(F.linear(rows, weight).double().square().sum()) for weight in weights)
+    errors = {alpha: noise(rows, weights, s, recipe.activation, schemes) for alpha, s in candidates.items()}
+    return {alpha: 10 * math.log10(signal / error) if error and signal else math.inf for alpha, error in errors.items()}
+
+
+def _outlier_ratio(largest: Tensor) -> float:
+    """max|X_j| of the largest channel over that of the median one; infinite where half of all are dead."""
+    median = float(largest.median())
+    return float(largest.max()) / median if median else math.inf
+
+
+def _fold_(model: nn.Module, group: Group, s: Tensor) -> None:
+    """Put 1/s into the norm, s into its readers. Parameters are new, because another module may share the old ones."""
+    norm = model.get_submodule(group.norm)
+    for name in "weight", "bias":
+        if (values := getattr(norm, name)) is not None:
+            setattr(norm, name, nn.Parameter((values.double() / s).to(values.dtype)))
+    for layer in map(model.get_submodule, group.layers):
+        layer.weight = nn.Parameter((layer.weight.double() * s).to(layer.weight.dtype))
+    for side in group.sides:
+        name, _, which = side.rpartition(".")
+        add = model.get_submodule(name)
+        before = getattr(add, f"{which}_factor")
+        setattr(add, f"{which}_factor", s.to(norm.weight.dtype) if before is None else (s * before).to(before.dtype))
