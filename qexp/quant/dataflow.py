@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from qexp.quant.layers import Add
+from qexp.quant.layers import Add, MatMul
 
 aten = torch.ops.aten
 CONVOLUTIONS = (aten.conv2d.default, aten.conv2d.padding)
@@ -26,7 +26,7 @@ TRANSPOSED = {
     aten.conv_transpose3d.input: "conv_transpose3d",
 }  # fmt: skip
 LAYERS = (
-    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, MatMul,
 )  # fmt: skip
 BATCHNORMS = (aten.batch_norm.default,)
 ADDITIONS = (aten.add.Tensor, aten.add_.Tensor)
