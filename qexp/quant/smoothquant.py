@@ -1,7 +1,8 @@
 """SmoothQuant: channels in which activations are large become small, and the weights that read them large.
 
 Outliers of transformers live in few channels, the same for all tokens, and spoil the one scale of an activation
-tensor; weights have room. The network computes the same, so this comes before quantization (Xiao et al. 2023, arXiv 2211.10438):
+tensor; weights have room. The network computes the same, so this comes before quantization (Xiao et al. 2023,
+arXiv 2211.10438):
 
 Y = (X diag(s)^-1) (diag(s) W) = X' W',   s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)        (eq. 3 and 4)
 
@@ -31,6 +32,15 @@ LEAST = 1e-5
 # f(x / s) = f(x) / s, channel by channel; in evaluation all of them are the identity.
 PASSED = (aten.dropout.default, aten.clone.default, aten.contiguous.default, aten.detach.default, aten.alias.default)
 NORMS = (aten.layer_norm.default,)
+# What a report looks past, to say what computed the values that a layer reads.
+SHAPED = (
+    aten.flatten.using_ints, aten.transpose.int, aten.permute.default, aten.view.default, aten.reshape.default,
+    aten.unflatten.int, aten.select.int, aten.slice.Tensor, aten.unsqueeze.default, aten.squeeze.dim,
+)  # fmt: skip
+BENT = (  # f(x / s) is no f(x) times anything
+    aten.gelu.default, aten.silu.default, aten.tanh.default, aten.sigmoid.default, aten.softmax.int,
+    aten.hardtanh.default,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -112,7 +122,7 @@ def find_groups(model: nn.Module, flow: Dataflow) -> tuple[list[Group], list[Smo
         name = flow.layer(node)
         if node.target is aten.linear.default and name not in named and type(flow.modules.get(name)) is nn.Linear:
             named.add(name)
-            others.append(Smoothed("", (name,), reason=f"fed by {_writer(flow, node)}, which a scale cannot pass"))
+            others.append(Smoothed("", (name,), reason=_fed_by(flow, node)))
     return groups, others
 
 
@@ -159,25 +169,27 @@ def _refusal(
     return None
 
 
-def _writer(flow: Dataflow, node: fx.Node) -> str:
-    """What a layer reads from, in a word or two."""
+def _fed_by(flow: Dataflow, node: fx.Node) -> str:
+    """What computes the values that a layer reads, where that is no LayerNorm."""
     source = node.args[0]
-    while source.op == "call_function" and source.target in PASSED:
+    while source.op == "call_function" and source.target in (*PASSED, *SHAPED):
         source = source.args[0]
-    if source.op != "call_function":
-        return "the input of the model"
-    module = flow.modules.get(flow.layer(source))
-    if isinstance(module, nn.Linear) and source.target is aten.linear.default:
-        return f"layer {flow.layer(source)}"
-    return str(source.target).split(".")[1]
+    if source.target in BENT:
+        return f"fed by {_operator(source)}, which a scale cannot pass"
+    what = _told(flow, source) if source.op == "call_function" else "the input of the model"
+    return f"fed by {what}, and not by a LayerNorm"
 
 
-def _told(flow: Dataflow, reader: fx.Node) -> str:
+def _operator(node: fx.Node) -> str:
+    return str(node.target).split(".")[1]
+
+
+def _told(flow: Dataflow, node: fx.Node) -> str:
     """An operator by its own name and that of the module that it is a part of."""
-    if reader.op == "output":
+    if node.op == "output":
         return "whoever calls the model"
-    name = flow.layer(reader)
-    return f"{str(reader.target).split('.')[1]}{f' in {name}' if name else ''}"
+    name = flow.layer(node)
+    return f"{_operator(node)}{f' in {name}' if name else ''}"
 
 
 @contextmanager
