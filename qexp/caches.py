@@ -15,6 +15,7 @@ from qexp.engines.export import Graph, export_float
 from qexp.machine import versions
 from qexp.models.spread import spread_channels_
 from qexp.prepare import calibration_loader, target
+from qexp.quant import smoothquant
 from qexp.quant.dataflow import Dataflow
 from qexp.quant.granularity import Granularity
 from qexp.quant.layers import QuantConv2d
@@ -58,6 +59,23 @@ def sketch_cache(float_network: TensorCache, settings: Settings) -> TensorCache:
         ),
     }
     return TensorCache(float_network.root.parent / "sketch", determined_by, "calibrate again")
+
+
+def smoothing_cache(sketches: TensorCache, rows: int) -> TensorCache:
+    """The place of what SmoothQuant needs to know of a float network whose sketches are in that cache."""
+    determined_by = {"sketches": sketches.determined_by, "rows": rows, "sources": _source_hashes(smoothquant.smooth_)}
+    return TensorCache(sketches.root.parent / "smoothing", determined_by, "look again")
+
+
+def smoothed_sketches(sketches: TensorCache, alphas: dict[str, float], settings: Settings) -> TensorCache:
+    """The place of the sketches of a network after SmoothQuant, by the alpha of each norm."""
+    determined_by = {
+        "sketches": sketches.determined_by,
+        "alphas": alphas,
+        "exclude": list(settings.recipe.exclude),  # layers that have no say in the scales
+        "sources": _source_hashes(smoothquant.smooth_),
+    }
+    return TensorCache(sketches.root, determined_by, sketches.remedy)
 
 
 def graph_cache(float_network: TensorCache, settings: Settings) -> TensorCache:

@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from qexp import prepare
+from qexp import prepare, smoothing
 from qexp.quant.convert import calibrating, fold_batchnorm_, observing, quantize_, recall_, targets
 from qexp.quant.dataflow import Dataflow
 from qexp.quant.layers import QuantLinear
@@ -53,13 +53,15 @@ def agreement(logits: Tensor, reference: Tensor) -> float:
 def calibrated(
     net: nn.Module, settings: Settings, data: pl.LightningDataModule, flow: Dataflow, sketches: TensorCache
 ) -> nn.Module:
-    """A copy of the float network, folded, with all its quantizers, calibrated. Errors: ConfigError.
+    """A copy of the float network, folded, smoothed, with all its quantizers, calibrated. Errors: ConfigError.
 
-    Where it is not to be folded, no engine asks for outputs of layers, and BatchNorm follows them in float.
+    Its `smoothed` says what SmoothQuant did. Where it is not to be folded, no engine asks for outputs of layers, and
+    BatchNorm follows them in float.
     """
     recipe, model, folds = settings.recipe, copy.deepcopy(net), settings.config["fold_batchnorm"]
     if folds:
         fold_batchnorm_(model, flow)
+    model.smoothed = smoothing.smooth_(model, settings, data, flow, sketches)
     try:
         quantized = {name for name, _ in targets(model, recipe)}
         shapes = site_shapes(model, flow.example)
@@ -67,7 +69,7 @@ def calibrated(
         quantize_(model, recipe, tuple(flow.open_layers(quantized)) if folds else (), logits, shapes)
     except ValueError as error:
         raise ConfigError(prepare.blamed(error)) from None
-    calibrate_(model, settings, data, flow, sketches)
+    calibrate_(model, settings, data, flow, smoothing.sketches_of(sketches, model.smoothed, settings))
     return model
 
 

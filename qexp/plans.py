@@ -1,4 +1,4 @@
-"""The section `finetune` as a plan, checked against the formats it trains through. Importing this needs no torch."""
+"""The sections `finetune` and `smoothing` as plans, checked against what they go with; importing needs no torch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,39 @@ from qexp.quant.grid import IntegerGrid
 from qexp.quant.recipe import Recipe
 from qexp.quant.rounding import Rounding
 from qexp.sections import ConfigError, Target, build, check_target
+
+ALPHAS = tuple(step / 10 for step in range(11))  # what a search chooses from where it is not said
+
+
+def smoothing_alphas(plain: dict[str, Any]) -> tuple[float, ...]:
+    """The migration strengths to choose from: none where nothing is smoothed, one where it is given."""
+    section, method = plain["smoothing"], plain["method"]["name"]
+    for key in section:
+        if key not in ("name", "alpha", "candidates"):
+            raise ConfigError(f"smoothing.{key}: no such key; allowed are name, alpha, candidates")
+    name, alpha, candidates = (section.get(key) for key in ("name", "alpha", "candidates"))
+    if not isinstance(name, str):
+        raise ConfigError(f"smoothing.name={name!r}: must be a name")
+    if alpha is None:
+        return ()
+    if name == "none":
+        raise ConfigError(f"smoothing.alpha={alpha}: smoothing=none has none; choose smoothing=smoothquant")
+    if method == "fp32":
+        raise ConfigError(f"smoothing={name}: method=fp32 quantizes nothing; choose smoothing=none")
+    if alpha != "search":
+        if candidates is not None:
+            raise ConfigError(f"smoothing.candidates={candidates}: are for smoothing.alpha=search, not for {alpha!r}")
+        if not _is_share(alpha):
+            raise ConfigError(f"smoothing.alpha={alpha!r}: must be a number from 0 to 1, search, or null for none")
+        return (float(alpha),)
+    found = list(ALPHAS) if candidates is None else candidates
+    if not isinstance(found, list) or not all(map(_is_share, found)) or not 1 < len(set(found)) == len(found):
+        raise ConfigError(f"smoothing.candidates={found!r}: must be a list of at least two different numbers, 0 to 1")
+    return tuple(map(float, found))
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def finetune_plan(plain: dict[str, Any], recipe: Recipe) -> FineTune | None:

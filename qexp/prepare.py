@@ -138,6 +138,9 @@ def ready(settings: Settings) -> tuple[pl.LightningDataModule, nn.Module, list[E
     _require_shareable(config, net, data)
     if settings.finetune is not None:
         _require_optimizer(settings)
+    if settings.alphas and not any(isinstance(module, nn.LayerNorm) for module in net.modules()):
+        name = config["smoothing"]["name"]
+        raise ConfigError(f"smoothing={name}: {type(net).__name__} has no LayerNorm to smooth behind; choose none")
     if settings.method != "fp32" or settings.flatness:
         calibration_loader(data, settings.seed)
         shapes = None

@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from qexp import caches, passes, prepare, record
+from qexp import caches, passes, prepare, record, smoothing
 from qexp.engines.base import Engine, EngineRefused
 from qexp.engines.deploy import certify_deployment, deploy, measure, simulation_for
 from qexp.engines.export import export_quantized
@@ -116,7 +116,9 @@ def _float_network(settings: Settings, outputs: Path, logger: Any) -> Run:
     cache = caches.float_cache(settings, net, data, outputs)
     if not cache.folder.exists():
         with prepare.evaluating(net):
-            prepare.require_spreadable(net, _trace(net, example), settings)  # what cannot be need not be trained
+            flow = _trace(net, example)  # what cannot be need not be trained
+            prepare.require_spreadable(net, flow, settings)
+            smoothing.require_groups(net, flow, settings)
     prepare.train_(net, settings, data, cache, logger.lightning)
     if settings.config["channel_spread"]:
         prepare.spread_(net, _trace(net, example), settings)
@@ -164,7 +166,7 @@ def _quantize(job: Run) -> None:
     sums = [(name, "addition", "written as a function") for name in job.flow.functional_additions()]
     in_float = unquantized(model, recipe, job.settings.config["fold_batchnorm"])
     job.quantized, job.in_float = model, in_float + products + sums
-    job.metrics |= footprint(model).metrics()
+    job.metrics |= footprint(model).metrics() | smoothing.metrics(model.smoothed)
 
 
 def _calibrated(job: Run) -> nn.Module:
@@ -299,6 +301,7 @@ def _measure(job: Run, by_engine: dict[str, dict[str, Any]]) -> str | None:
 
 def _write(job: Run, logger: Any) -> None:
     """The folder of the run, whole or not at all; then the logger."""
+    smoothed = [] if job.quantized is None else job.quantized.smoothed
     with replacing(job.folder) as folder:
         for name, graph in job.graphs.items():
             int8 = "int8" if name == job.metrics.get("engine/winner") else f"int8_{name}"
@@ -306,9 +309,12 @@ def _write(job: Run, logger: Any) -> None:
         record.write(folder, job.settings.config, job.metrics, job.rows, job.in_float, job.history)
         if job.landscape is not None:
             job.landscape.write(folder)
+        smoothing.write(folder, smoothed)
     logger.metrics(job.metrics)
     logger.curve("finetune/history", job.history)
     columns = list(record.LAYER_COLUMNS)
     logger.table("layers", columns, [[row.get(column) for column in columns] for row in job.rows])
-    logger.histograms(histograms(job.quantized, job.sketches))
+    if smoothed:
+        logger.table("smoothing", *smoothing.table(smoothed))
+    logger.histograms(histograms(job.quantized, smoothing.sketches_of(job.sketches, smoothed, job.settings)))
     logger.models(sorted(job.folder.glob("*.onnx")), job.float_network)

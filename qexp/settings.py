@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -12,7 +13,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from qexp.data.options import require_factor, require_folder, require_share, require_whole
 from qexp.finetune.plan import FineTune
-from qexp.plans import finetune_plan
+from qexp.plans import finetune_plan, smoothing_alphas
 from qexp.quant.calibration import Calibration
 from qexp.quant.granularity import Granularity
 from qexp.quant.grid import Grid, IntegerGrid
@@ -31,6 +32,7 @@ class Settings:
     recipe: Recipe
     seed: int
     finetune: FineTune | None = None  # of method=qat
+    alphas: tuple[float, ...] = ()  # of SmoothQuant: what to choose from, one to use, none to leave all as it is
 
     @property
     def flatness(self) -> bool:
@@ -53,8 +55,10 @@ class Settings:
         bits += "*" if recipe.layers else ""  # not in all layers
         if self.method == "fp32":
             return f"{choice} fp32 s{self.seed}"
+        smoothed = f" alpha={self.config['smoothing']['alpha']}" if self.alphas else ""
         tuned = "" if self.finetune is None else f" {self.config['finetune']['name']}"
-        return f"{choice} {bits} {recipe.weight.granularity} {recipe.activation.calibration}{tuned} s{self.seed}"
+        schemes = f"{recipe.weight.granularity} {recipe.activation.calibration}"
+        return f"{choice} {bits} {schemes}{smoothed}{tuned} s{self.seed}"
 
 
 # What a config of the user's own may leave out.
@@ -62,7 +66,10 @@ OPTIONAL = [
     ("quantizer", "layers", {}), ("calibration", "logits", None), ("engine", "required", False),
     ("trainer", "devices", 1), ("trainer", "precision", "32-true"),
 ]  # fmt: skip
-OPTIONAL_KEYS = {"compiled": False, "flatness": False, "store": "resume"}  # the same for keys without a section
+# The same for whole keys.
+OPTIONAL_KEYS = {
+    "compiled": False, "flatness": False, "store": "resume", "smoothing": {"name": "none", "alpha": None},
+}  # fmt: skip
 # Every section with the keys it may hold; None: the keys are those of its _target_.
 SECTIONS: dict[str, tuple[str, ...] | None] = {
     "method": ("name",),
@@ -70,6 +77,7 @@ SECTIONS: dict[str, tuple[str, ...] | None] = {
     "granularity": ("weight", "activation"),
     "calibration": ("weight", "activation", "logits"),
     "rounding": ("weight", "activation"),
+    "smoothing": None,
     "finetune": None,
     "model": None,
     "data": None,
@@ -144,7 +152,7 @@ def settings(config: DictConfig, made: dict[str, Any] | None = None) -> Settings
         if isinstance(plain.get(group), dict):
             plain[group].setdefault(name, usual)
     for key, usual in (OPTIONAL_KEYS | PREPARED).items():
-        plain.setdefault(key, usual)
+        plain.setdefault(key, copy.copy(usual))
     _check_keys(plain)
     for key, allowed in CHOICES.items():
         _check_choice(plain, key, allowed)
@@ -164,7 +172,9 @@ def settings(config: DictConfig, made: dict[str, Any] | None = None) -> Settings
     grid = recipe.weight.grid
     if plain["flatness"] and not isinstance(grid, IntegerGrid):
         raise ConfigError(f"flatness=true: needs weights on an integer grid, whose step is the cell, not on {grid}")
-    return Settings(plain, plain["method"]["name"], recipe, plain["seed"], finetune_plan(plain, recipe))
+    return Settings(
+        plain, plain["method"]["name"], recipe, plain["seed"], finetune_plan(plain, recipe), smoothing_alphas(plain)
+    )
 
 
 def _refuse_devices(plain: dict[str, Any]) -> None:
