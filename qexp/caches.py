@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from qexp.engines.export import Graph, export_float
+from qexp.heads import encoder_hash
 from qexp.machine import versions
 from qexp.models.spread import spread_channels_
 from qexp.prepare import calibration_loader, target
@@ -39,6 +40,7 @@ def float_cache(settings: Settings, net: nn.Module, data: pl.LightningDataModule
         "samples": data.fingerprint() if hasattr(data, "fingerprint") else None,
         "trainer": config["trainer"],
         "seed": settings.seed,
+        "encoder": encoder_hash(net),
         "versions": versions(),
         "sources": _source_hashes(
             target(config["model"], "model"), target(config["data"], "data"), Float32Task, type(data),

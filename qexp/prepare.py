@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from qexp.engines.base import Engine
+from qexp.heads import embedded
 from qexp.models import spread
 from qexp.quant.convert import refuse_unquantizable
 from qexp.quant.dataflow import Dataflow, NotExportable, additions_to_modules
@@ -64,7 +65,7 @@ def calibration_loader(data: pl.LightningDataModule, seed: int) -> DataLoader:
 
 
 def example_images(data: pl.LightningDataModule) -> Tensor:
-    """Two images of the test set: what the network is traced with. Errors: ConfigError if it is empty."""
+    """Two samples of the test set: what the network is traced with. Errors: ConfigError if it is empty."""
     batch = next(iter(data.test_dataloader()), None)
     if batch is None:
         raise ConfigError(f"data: the test set of {type(data).__name__} is empty")
@@ -99,14 +100,14 @@ def evaluating(net: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def require_logits(net: nn.Module, images: Tensor, num_classes: int) -> None:
-    """Refuse a network that cannot be called on these images, or returns no logits. Errors: ConfigError."""
+    """Refuse a network that cannot be called on these samples, or returns no logits. Errors: ConfigError."""
     kind, shape = type(net).__name__, tuple(images.shape)
     try:
         with evaluating(net):
             logits = net(images)
     except Exception as error:  # whatever the network's own code raises
         why = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"model: {kind} cannot be called on images of shape {shape} ({why})") from error
+        raise ConfigError(f"model: {kind} cannot be called on a batch of shape {shape} ({why})") from error
     if not isinstance(logits, Tensor):
         raise ConfigError(f"model: {kind} returns a {type(logits).__name__}, but must return logits")
     if logits.shape != (len(images), num_classes):
@@ -232,27 +233,34 @@ def finetuning_trainer(
 
 
 def train_(net: nn.Module, settings: Settings, data: pl.LightningDataModule, cache: TensorCache, logger: Any) -> None:
-    """Give the network its trained weights.
+    """Give the network its trained weights; where `trains_head_alone`, the head's, from embeddings that are kept.
 
     Errors: ValueError if weights are not finite or training diverges, StoreError for a damaged cache.
     """
+    head_alone = getattr(net, "trains_head_alone", False)
+    learner = net.head if head_alone else net
     with cache.lock():
         state = cache.load()
         if state is None:
             section = settings.config["trainer"]
             _require_finite(dict(net.named_parameters()))
             pl.seed_everything(settings.seed, workers=True, verbose=False)
-            task = Float32Task(net, data.num_classes, section["lr"], section["weight_decay"])
+            loader = data.train_dataloader()
+            if head_alone:
+                with evaluating(net):
+                    loader = embedded(net, loader, cache)
+            task = Float32Task(learner, data.num_classes, section["lr"], section["weight_decay"])
+            what = f"the {'head of the ' * head_alone}float network"
             epochs = f"{section['epochs']} epoch{'s' * (section['epochs'] > 1)}"
-            with terminal.stage(f"training the float network, {epochs}") as update:
-                trainer(settings.config, update, fit=True, logger=logger).fit(task, data.train_dataloader())
-            state = {name: tensor.detach().cpu() for name, tensor in net.state_dict().items()}
+            with terminal.stage(f"training {what}, {epochs}") as update:
+                trainer(settings.config, update, fit=True, logger=logger).fit(task, loader)
+            state = {name: tensor.detach().cpu() for name, tensor in learner.state_dict().items()}
             _require_finite(_learned(net))
             cache.save(state)
         else:
             terminal.console.print("[dim]       -[/dim]  float network from the cache")
     try:
-        net.load_state_dict(state)
+        learner.load_state_dict(state)
     except RuntimeError:
         raise StoreError(f"float cache {cache.folder}: holds another network; delete it to train again") from None
     net.cpu().eval()

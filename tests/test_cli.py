@@ -56,7 +56,7 @@ def own_process(*words: str, **options) -> subprocess.Popen:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["model=foo"], "qexp: model=foo: no such option; allowed are custom"),
+        (["model=foo"], "qexp: model=foo: no such option; allowed are bert_tiny_random, custom"),
         (["--cfg", "job", "model=foo"], "qexp: model=foo: no such option"),
         (["--cfg", "job", "foo=1"], "qexp: foo: no such key"),
         (["--cfg", "foo"], "qexp: argument --cfg/-c: invalid choice: 'foo'"),

@@ -289,7 +289,7 @@ REFUSED = {
     "model._target_=mine.Data": (ConfigError, "model._target_=mine.Data: must return an nn.Module, not Data"),
     "model._target_=mine.Odd +model.way=tuple": (ConfigError, "model: Odd returns a tuple, but must return logits"),
     "model._target_=mine.Odd +model.way=short": (ConfigError, r"model: Odd returns a tensor of shape \(2, 2\), but"),
-    "model._target_=mine.Odd +model.way=raises": (ConfigError, r"Odd cannot be called on images of .* \(no idea\)"),
+    "model._target_=mine.Odd +model.way=raises": (ConfigError, r"Odd cannot be called on a batch of .* \(no idea\)"),
     "model._target_=mine.Odd +model.way=branches": (ConfigError, "model: Odd cannot be exported: "),
     "model._target_=mine.number": (ConfigError, "model._target_=mine.number: must be a class or function"),
     "data._target_=mine.Net": (ConfigError, "data._target_=mine.Net: "),

@@ -20,8 +20,8 @@ from qexp.store import run_id
 ROOT = Path(__file__).parents[1]
 # What is asked for, and what the sentence must hold: the key, the value, what is allowed.
 REFUSED = {
-    "model=foo": "model=foo: no such option; allowed are custom, mobilenet",
-    "model=": "model=: no such option; allowed are custom",
+    "model=foo": "model=foo: no such option; allowed are bert_tiny_random, custom, hugging_face, minilm, mobilenet",
+    "model=": "model=: no such option; allowed are bert_tiny_random, custom",
     "quantizer=null": "quantizer=null: no such option; allowed are apot4, binary, fp4_e2m1",
     "quantizer=3": "quantizer=3: no such option; allowed are apot4, binary, fp4_e2m1",
     "experiment=foo": "experiment=foo: no such option",

@@ -58,14 +58,11 @@ def minilm(num_classes: int = 10, weights: str = "package", trains_head_alone: b
     try:
         sizes = encoder_sizes(file.parent / "config.json")
         state = encoder_state(file)
-        # Made without numbers: drawing random ones would take longer than reading those of the file.
-        with torch.device("meta"):
-            encoder = Encoder(**sizes)
+        encoder = Encoder(**sizes)
         require_same(state, encoder.state_dict())
     except ValueError as error:
         raise ValueError(f"model.weights={weights}: {error}") from None
-    encoder.load_state_dict(state, assign=True)
-    encoder.embeddings.order = torch.arange(sizes["positions"])[None]
+    encoder.load_state_dict(state)
     return TextClassifier(encoder, sizes["hidden"], num_classes, trains_head_alone)
 
 
@@ -120,6 +117,8 @@ def encoder_state(file: Path) -> dict[str, Tensor]:
     """
     try:
         tensors = _read(file)
+        if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            raise ValueError("it holds no tensors by their names")
     except ImportError:
         raise ValueError("needs safetensors; install it with: pip install 'qexp[minilm]'") from None
     except Exception as error:  # whatever a damaged file makes the readers raise
