@@ -1,11 +1,17 @@
-"""Data modules: each gives seeded loaders of (images, labels). Importing the package alone needs no torch."""
+"""Data modules: each gives seeded loaders of (images or token ids, labels). Importing the package needs no torch."""
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import Any
 
-_MODULES = {"CIFAR10": "cifar10", "Digits": "digits", "ImageFolder": "image_folder"}
+_MODULES = {
+    "CIFAR10": "cifar10",
+    "Digits": "digits",
+    "ImageFolder": "image_folder",
+    "StdlibDocs": "stdlib_docs",
+    "TextCSV": "text_csv",
+}
 
 __all__ = list(_MODULES)
 

@@ -150,12 +150,13 @@ def shared_loader(loader: DataLoader, devices: int) -> DataLoader:
 class DataModule(pl.LightningDataModule):
     """Base of the data modules: a subclass sets the two attributes and writes `load`.
 
-    Loaders give pairs of images (B, C, H, W) float32 and labels (B,) int64.
+    Loaders give pairs of images (B, C, H, W) float32, or of token ids (B, T) int64, and labels (B,) int64.
     Raises `ValueError` for an option out of range, naming it.
     """
 
     num_classes: int
-    input_shape: tuple[int, int, int]  # (C, H, W)
+    input_shape: tuple[int, ...]  # (C, H, W) of images, (T,) of texts
+    samples = "images"  # what messages call them
 
     def __init__(
         self, batch_size: int, calibration_size: int, seed: int, num_workers: int = 0, calibration_outlier: float = 1
@@ -178,11 +179,11 @@ class DataModule(pl.LightningDataModule):
             return
         train, test = self.load()
         if len(train) < 2:
-            raise ValueError(f"data: {len(train)} training images are too few, at least 2 needed")
+            raise ValueError(f"data: {len(train)} training {self.samples} are too few, at least 2 needed")
         if self.calibration_size > len(train):
             raise ValueError(
                 f"data.calibration_size={self.calibration_size}: must be between 1 and "
-                f"{len(train)}, the number of training images"
+                f"{len(train)}, the number of training {self.samples}"
             )
         self.splits = train, test
 

@@ -51,3 +51,29 @@ def require_folder(root: str | Path | None, expected: str) -> Path:
     if not Path(root).is_dir():
         raise FileNotFoundError(f"data.root={root}: no such folder; expected {expected} below it")
     return Path(root)
+
+
+def require_choice(name: str, value: object, allowed: tuple[str, ...]) -> str:
+    """Return `value`, or raise `ValueError` unless it is one of the allowed words.
+
+    >>> require_choice("too_long", "cut", ("truncate", "refuse"))
+    Traceback (most recent call last):
+    ValueError: data.too_long='cut': allowed are truncate, refuse
+    """
+    if value not in allowed:
+        raise ValueError(f"data.{name}={value!r}: allowed are {', '.join(allowed)}")
+    return value
+
+
+def require_file(path: str | Path | None, expected: str) -> Path:
+    """Return `path` as a path; `ValueError` if unset, `FileNotFoundError` if there is no file.
+
+    >>> require_file("/no/such.csv", "a csv file")
+    Traceback (most recent call last):
+    FileNotFoundError: data.path=/no/such.csv: no such file; must name a csv file
+    """
+    if path is None:
+        raise ValueError(f"data.path=null: must name {expected}")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"data.path={path}: no such file; must name {expected}")
+    return Path(path)
