@@ -89,7 +89,8 @@ def quantize_(
         for site in sites:
             setattr(module, f"{site}_quantizer", nn.Identity())
             if site != "output" or name in outputs:
-                _add_quantizer(module, f"{name}.{site}", recipe.activation, shapes)
+                scheme = recipe.activation_of(f"{name}.{site}", kind is QuantMatMul)
+                _add_quantizer(module, f"{name}.{site}", scheme, shapes)
         if hasattr(module, "weight"):
             module.weight_quantizer = Quantizer(
                 recipe.weight_of(name), module.weight.shape, f"{name}.weight", is_weight=True
@@ -149,7 +150,8 @@ def refuse_unquantizable(model: nn.Module, recipe: Recipe, shapes: Shapes | None
             _require_blocks(f"{name}.weight", recipe.weight_of(name), module.weight.shape)
         for site in QUANTIZED[type(module)][1]:
             if f"{name}.{site}" in (shapes or {}):
-                _require_blocks(f"{name}.{site}", recipe.activation, shapes[f"{name}.{site}"])
+                scheme = recipe.activation_of(f"{name}.{site}", isinstance(module, MatMul))
+                _require_blocks(f"{name}.{site}", scheme, shapes[f"{name}.{site}"])
 
 
 def _require_blocks(site: str, scheme: Scheme, shape: tuple[int, ...]) -> None:
@@ -267,7 +269,8 @@ def prepare_export_(model: nn.Module) -> None:
         for site in layer.children():
             if isinstance(site, Quantizer) and site.mode is Mode.QUANTIZE:
                 site.prepare_export(layer.weight.detach() if site.is_weight else None)
-        if getattr(layer, "bias", None) is not None and layer.input_quantizer.mode is Mode.QUANTIZE:
+        quantized = getattr(layer, "bias", None) is not None and layer.input_quantizer.mode is Mode.QUANTIZE
+        if quantized and not layer.input_quantizer.dynamic:
             layer.bias_quantizer.prepare_export(layer.bias.detach(), layer.input_quantizer, layer.weight_quantizer)
     for quantizer in quantizers(model):
         if quantizer.mode is Mode.QUANTIZE:

@@ -41,6 +41,18 @@ TRANSPARENT = (
     aten.clamp.default, aten.dropout.default, aten.max_pool2d.default,
 )  # fmt: skip
 
+NORMALISATIONS = (aten.layer_norm.default, aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
+# Values of one sign, or nearly: half of a symmetric grid would stand for nothing.
+ONE_SIDED = (
+    aten.softmax.int, aten._softmax.default, aten._safe_softmax.default, aten.relu.default, aten.relu_.default,
+    aten.gelu.default, aten.silu.default, aten.sigmoid.default, aten.hardtanh.default,
+)  # fmt: skip
+# Operators that move values and change none.
+MOVES = (
+    aten.view.default, aten.reshape.default, aten.transpose.int, aten.permute.default, aten.dropout.default,
+    aten.flatten.using_ints, aten.unflatten.int, aten.contiguous.default, aten.expand.default, aten.clone.default,
+)  # fmt: skip
+
 
 class NotExportable(ValueError):
     """The model has no static graph, so no engine can run it; the message is one sentence."""
@@ -123,6 +135,38 @@ class Dataflow:
             and not all(self.layer(reader) in quantized for reader in self._readers(node))
         ]
 
+    def products(self) -> list[str]:
+        """Modules that multiply two activations, in the order of their calls."""
+        return [name for name in self.calls if isinstance(self.modules.get(name), MatMul)]
+
+    def normalized_additions(self) -> list[str]:
+        """Additions that only normalisations read, or further such additions: no engine adds integers there."""
+        found: dict[fx.Node, bool] = {}
+
+        def normalized(node: fx.Node) -> bool:
+            if node.target in ADDITIONS and node not in found:
+                readers = self._readers(node)
+                into_norm = any(reader.target in NORMALISATIONS for reader in readers)
+                found[node] = into_norm or (bool(readers) and all(normalized(reader) for reader in readers))
+            return found.get(node, False)
+
+        for node in reversed(self.nodes):  # readers first, so that long residual streams are no deep recursion
+            normalized(node)
+        return [name for name in self.calls if any(found.get(n) for n in self.calls[name]) and self._is_add(name)]
+
+    def _is_add(self, name: str) -> bool:
+        return isinstance(self.modules.get(name), Add)
+
+    def one_sided(self) -> set[str]:
+        """Sites "layer.input", "product.a" and "product.b" at which values of one sign arrive, as from a softmax."""
+        found = set()
+        for node in self.nodes:
+            if node.target in PRODUCTS:
+                name = self.layer(node)
+                sites = ("a", "b") if isinstance(self.modules.get(name), MatMul) else ("input",)
+                found |= {f"{name}.{s}" for s, source in zip(sites, node.args, strict=False) if _one_sided(source)}
+        return found
+
     def logits_layer(self) -> str | None:
         """The layer whose output, with nothing in between, is the output of the model."""
         (output,) = (node for node in self.program.graph.nodes if node.op == "output")
@@ -174,6 +218,12 @@ def _macs(node: fx.Node) -> int:
     outputs = math.prod(int(n) for n in node.meta["val"].shape[1:])
     by_weight = node.target in (*CONVOLUTIONS, *OTHER_CONVOLUTIONS, aten.linear.default)
     return outputs * math.prod(int(n) for n in (second[1:] if by_weight else first[-1:]))
+
+
+def _one_sided(source: fx.Node) -> bool:
+    while isinstance(source, fx.Node) and source.target in MOVES:
+        source = source.args[0]
+    return isinstance(source, fx.Node) and source.target in ONE_SIDED
 
 
 def _source(node: fx.Node) -> str:

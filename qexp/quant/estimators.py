@@ -149,7 +149,7 @@ class LSQ(Estimator):
 
         if not isinstance(scheme.grid, IntegerGrid) or scheme.grid.scale != "float32":
             return f"a scale that is learned needs an integer grid with scale=float32, not {scheme.grid}"
-        return "a scale of each call cannot be learned" if not is_weight and scheme.granularity.follows_batch else None
+        return "a scale of each call cannot be learned" if not is_weight and scheme.of_call else None
 
     def attach_(self, quantizer: Quantizer) -> None:
         from torch import nn

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from qexp.quant import affine, compiled, onnx_form
 from qexp.quant.affine import HALF_EVEN, QParams, quantize
+from qexp.quant.granularity import PerTensor
 from qexp.quant.quantizer import Mode, Quantizer
 
 
@@ -64,7 +65,7 @@ class BiasQuantizer(nn.Module):
         modes = {input_quantizer.mode, weight_quantizer.mode}
         if bias is None or modes & {Mode.OFF, Mode.OBSERVE}:
             return bias
-        if Mode.EXPORT in modes:
+        if Mode.EXPORT in modes and not input_quantizer.dynamic:
             return onnx_form.dequantize(self.onnx_codes, self.onnx_scale, self.onnx_zero_point)
         qparams = self.qparams(input_quantizer, weight_quantizer)
         if qparams is None:
@@ -123,7 +124,14 @@ class QuantMatMul(MatMul):
     """y = Q(a) Q(b): both operands are computed, as the queries and keys of attention are."""
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return self.a_quantizer(a) @ self.b_quantizer(b)
+        return self._by_token(self.a_quantizer, a) @ self._by_token(self.b_quantizer, b.mT).mT
+
+    @staticmethod
+    def _by_token(quantizer: Quantizer, x: Tensor) -> Tensor:
+        """Q(x) of x (..., tokens, summed over), whose leading dimensions a granularity need not know."""
+        if quantizer.scheme.granularity == PerTensor():
+            return quantizer(x)
+        return quantizer(x.reshape(-1, *x.shape[-2:])).view(x.shape)
 
 
 class QuantAdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):

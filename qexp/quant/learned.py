@@ -97,7 +97,7 @@ class PACT(Estimator):
             return None  # `fits` says that another estimator takes these
         if not isinstance(scheme.grid, IntegerGrid) or scheme.grid.signed or scheme.grid.scale != "float32":
             return f"clipping at 0 and alpha needs convention=affine or unsigned with scale=float32, not {scheme.grid}"
-        return "an alpha of each call cannot be learned" if scheme.granularity.follows_batch else None
+        return "an alpha of each call cannot be learned" if scheme.of_call else None
 
     def fits(self, quantizer: Quantizer) -> bool:
         if quantizer.is_weight or self.refusal(quantizer.scheme, False) is not None:
@@ -155,7 +155,7 @@ class TQT(Estimator):
         if not isinstance(scheme.grid, IntegerGrid) or scheme.grid.scale != "power_of_two":
             return f"needs an integer grid with scale=power_of_two, as that of quantizer=int8_pow2, not {scheme.grid}"
         return (
-            "a threshold of each call cannot be learned" if not is_weight and scheme.granularity.follows_batch else None
+            "a threshold of each call cannot be learned" if not is_weight and scheme.of_call else None
         )
 
     def attach_(self, quantizer: Quantizer) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 OPSET = 21
+DYNAMIC = "DynamicQuantize"  # stands in the graph of all engines for what each of them writes in its own way
 
 
 def quantize_dequantize(x: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[Tensor, Tensor]) -> Tensor:
@@ -19,6 +20,11 @@ def quantize_dequantize(x: Tensor, scale: Tensor, zero_point: Tensor, bounds: tu
     codes = _symbolic("QuantizeLinear", (x, scale, zero_point), torch.uint8, x.shape)
     codes = _symbolic("Clip", (codes, *bounds), torch.uint8, x.shape)
     return _symbolic("DequantizeLinear", (codes, scale, zero_point), torch.float32, x.shape)
+
+
+def quantize_dynamically(x: Tensor, form: str, size: int) -> Tensor:
+    """A place for quantization by the range of each call, in one of the forms of `Scheme.dynamic_form`."""
+    return _symbolic(f"qexp::{DYNAMIC}", (x,), torch.float32, x.shape, {"form": form, "size": size})
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ class Quantizer(nn.Module):
         super().__init__()
         self.scheme, self.shape, self.site, self.is_weight = scheme, tuple(shape), site, is_weight
         self.mode = Mode.OFF
-        self.dynamic = not is_weight and scheme.granularity.follows_batch
+        self.dynamic = not is_weight and scheme.of_call
         params = scheme.granularity.param_shape(self.shape) if self.shape and not self.dynamic else ()
         self.register_buffer("scale", torch.ones(params))
         self.register_buffer("zero_point", torch.zeros(params))
@@ -300,6 +300,8 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def prepare_export(self, x: Tensor | None = None) -> None:
         """Store what the ONNX file holds: scale and zero point, and of weights (x) the codes instead of values."""
+        if self.dynamic and self.scheme.dynamic_form:
+            return
         scale = self.product_scale
         if scale is None or (why := self.scheme.not_in_int8(self.is_weight)):
             raise ValueError(f"{self.site}: {self.scheme.granularity if scale is None else why} has no int8 form here")
@@ -318,6 +320,8 @@ class Quantizer(nn.Module):
         """The ONNX form of this quantizer, after `prepare_export`."""
         if hasattr(self, "onnx_codes"):
             return onnx_form.dequantize(self.onnx_codes, self.onnx_scale, self.onnx_zero_point)
+        if self.dynamic:
+            return onnx_form.quantize_dynamically(x, self.scheme.dynamic_form, getattr(self.scheme.granularity, "size", 0))
         bounds = self.onnx_lowest, self.onnx_highest
         return onnx_form.quantize_dequantize(x, self.onnx_scale, self.onnx_zero_point, bounds)
 
