@@ -11,7 +11,17 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from qexp.data.options import require_factor, require_folder, require_share, require_whole
+from qexp.data.options import (
+    TABLE,
+    TOO_LONG,
+    require_choice,
+    require_factor,
+    require_file,
+    require_folder,
+    require_share,
+    require_whole,
+)
+from qexp.data.pretrained import local_folder
 from qexp.finetune.plan import FineTune
 from qexp.plans import finetune_plan, smoothing_alphas
 from qexp.quant.calibration import Calibration
@@ -122,7 +132,9 @@ NUMBERS: dict[str, tuple[type, float, bool]] = {
 }
 # group -> whole-number option of qexp's own classes -> smallest allowed value
 OWN_OPTIONS = {
-    "data": {"batch_size": 2, "calibration_size": 1, "image_size": 1, "num_workers": 0, "seed": 0},
+    "data": dict.fromkeys(("batch_size", "length", "per_class"), 2)
+    | dict.fromkeys(("calibration_size", "image_size"), 1)
+    | dict.fromkeys(("num_workers", "seed"), 0),
     "model": {"width": 1},
 }
 # what stands below data.root
@@ -227,12 +239,22 @@ def _check_own_options(plain: dict[str, Any]) -> None:
             if name in section:
                 _own(require_whole, name, section[name], least, group)
     data = plain["data"]
-    if data["_target_"] == "qexp.data.Digits" and "train_share" in data:
+    if not data["_target_"].startswith("qexp."):
+        return
+    if "train_share" in data:
         _own(require_share, "train_share", data["train_share"])
-    if data["_target_"].startswith("qexp.") and "calibration_outlier" in data:
+    if "calibration_outlier" in data:
         _own(require_factor, "calibration_outlier", data["calibration_outlier"])
     if data["_target_"] in FOLDERS and "root" in data:
         _own(require_folder, data["root"], FOLDERS[data["_target_"]])
+    if data["_target_"] == "qexp.data.TextCSV" and "path" in data:
+        _own(require_file, data["path"], TABLE)
+    if "too_long" in data:
+        _own(require_choice, "too_long", data["too_long"], TOO_LONG)
+    if data.get("vocabulary") is not None:
+        # It follows the model unless it is set, and then the mistake is the model's.
+        follows = data["vocabulary"] == plain["model"].get("weights")
+        _own(local_folder, data["vocabulary"], "tokenizer.json", "model" if follows else "data")
 
 
 def require_packages(chosen: Settings) -> None:

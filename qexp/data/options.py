@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+TOO_LONG = ("truncate", "refuse")  # what becomes of a text of more than data.length tokens
+TABLE = "a csv or tsv file in UTF-8 whose first line names the columns"
+
 
 def require_whole(name: str, value: int, minimum: int, group: str = "data") -> int:
     """Return `value`, or raise `ValueError` unless it is a whole number of at least `minimum`.
@@ -74,6 +77,6 @@ def require_file(path: str | Path | None, expected: str) -> Path:
     """
     if path is None:
         raise ValueError(f"data.path=null: must name {expected}")
-    if not Path(path).is_file():
+    if not Path(str(path)).is_file():
         raise FileNotFoundError(f"data.path={path}: no such file; must name {expected}")
-    return Path(path)
+    return Path(str(path))

@@ -7,10 +7,8 @@ import hashlib
 import torch
 
 from qexp.data.base import DataModule, Samples
-from qexp.data.options import require_choice, require_share, require_whole
+from qexp.data.options import TOO_LONG, require_choice, require_share, require_whole
 from qexp.data.vocabulary import vocabulary
-
-TOO_LONG = ("truncate", "refuse")
 
 
 class TextDataModule(DataModule):

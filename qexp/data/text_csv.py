@@ -7,10 +7,8 @@ import io
 from pathlib import Path
 from typing import Any
 
-from qexp.data.options import require_file
+from qexp.data.options import TABLE, require_file
 from qexp.data.text import TextDataModule
-
-EXPECTED = "a csv or tsv file in UTF-8 whose first line names the columns"
 
 
 class TextCSV(TextDataModule):
@@ -27,9 +25,9 @@ class TextCSV(TextDataModule):
 
     def __init__(self, path: str | Path | None = None, text: str = "text", label: str = "label", **options: Any):
         super().__init__(**options)
-        self.path = require_file(path, EXPECTED)
+        self.path = require_file(path, TABLE)
         self.source = f"data.path={path}"
-        self.text, self.label = text, label
+        self.text, self.label = str(text), str(label)
         if text == label:
             raise ValueError(f"data.label={label}: must be another column than data.text")
         self.repeated = 0  # rows that were left out
@@ -84,7 +82,7 @@ class TextCSV(TextDataModule):
         except csv.Error as error:
             raise ValueError(f"{self.source}: the row in line {line} cannot be read ({error})") from None
         if not rows:
-            raise ValueError(f"{self.source}: the file is empty; it must be {EXPECTED}")
+            raise ValueError(f"{self.source}: the file is empty; it must be {TABLE}")
         return rows
 
     def _place(self, header: list[str], option: str) -> int:
