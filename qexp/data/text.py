@@ -52,9 +52,10 @@ class TextDataModule(DataModule):
         self.setup()
         if not self.truncated:
             return None
+        have, were = ("has", "was") if self.truncated == 1 else ("have", "were")
         return (
-            f"data: {self.truncated:,} of {self.total:,} texts have more than {self.length} tokens "
-            f"and were truncated (data.length)"
+            f"data: {self.truncated:,} of {self.total:,} texts {have} more than {self.length} tokens "
+            f"and {were} truncated (data.length)"
         )
 
     def fingerprint(self) -> str:
@@ -83,10 +84,10 @@ class TextDataModule(DataModule):
             raise ValueError(f"{self.source}: holds {found}, but at least 2 classes are needed")
         alone = (labels.bincount() < 2).nonzero().flatten().tolist()
         if alone:
-            several = f" (as have {len(alone) - 1} more classes)" if len(alone) > 1 else ""
+            others = f" ({len(alone)} classes have 1)" if len(alone) > 1 else ""
             raise ValueError(
-                f"{self.source}: the class {self.class_names[alone[0]]!r} has 1 text{several}, "
-                f"but needs at least 2, one to train on and one to test"
+                f"{self.source}: the class {self.class_names[alone[0]]!r} has 1 text, "
+                f"but each needs at least 2, one to train on and one to test{others}"
             )
 
     def _require_lengths(self, lengths: torch.Tensor) -> None:

@@ -56,8 +56,8 @@ class TextCSV(TextDataModule):
         lacking = [line for (line, _), pair in zip(rows, pairs, strict=True) if not all(pair)]
         if lacking:
             lines = ", ".join(map(str, lacking[:3])) + (", ..." if len(lacking) > 3 else "")
-            what = "1 row has" if len(lacking) == 1 else f"{len(lacking):,} rows have"
-            raise ValueError(f"{self.source}: {what} no {self.text} or no {self.label} (line {lines})")
+            what, where = ("1 row has", "line") if len(lacking) == 1 else (f"{len(lacking):,} rows have", "lines")
+            raise ValueError(f"{self.source}: {what} no {self.text} or no {self.label} ({where} {lines})")
         once = list(dict.fromkeys(map(tuple, pairs)))
         self.repeated = len(pairs) - len(once)
         return [text for text, _ in once], [label for _, label in once]
