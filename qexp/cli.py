@@ -32,6 +32,7 @@ VERBS = {
     "doctor": ("qexp.doctor_cli", "whether this machine and this installation are fit, and what to do"),
     "flatness": ("qexp.flatness_cli", "how flat the minima of float training, PTQ and QAT are, as a table and figures"),
     "levels": ("qexp.levels_cli", "which numbers a format has, as tables and figures; nothing is trained"),
+    "outliers": ("qexp.outliers_cli", "how far activations lie out, and in which channels, as a table and a picture"),
     "sync": ("qexp.tracking.sync", "uploads what W&B keeps on disk, also from a folder that was copied"),
 }
 DRY_RUN = "--dry-run"

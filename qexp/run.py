@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx
 import pytorch_lightning as pl
@@ -107,8 +107,19 @@ def run(settings: Settings) -> Run:
     return job
 
 
-def _float_network(settings: Settings, outputs: Path, logger: Any) -> Run:
-    """Data, and the float network trained (or from the cache), evaluated and traced."""
+class Trained(NamedTuple):
+    """A float network with its weights, traced, and what it was made of; `cache` is where its weights are."""
+
+    data: pl.LightningDataModule
+    net: nn.Module
+    flow: Dataflow
+    engines: list[Engine]
+    cache: TensorCache
+
+
+def trained(settings: Settings, outputs: Path, logger: Any) -> Trained:
+    """Data, and the float network trained, or from the cache, by its settings; `logger` is what Lightning logs to."""
+    pl.seed_everything(settings.seed, workers=True, verbose=False)
     with terminal.stage("data and network"):
         data, net, engines = prepare.ready(settings)
     example = prepare.example_images(data)
@@ -119,7 +130,7 @@ def _float_network(settings: Settings, outputs: Path, logger: Any) -> Run:
             flow = _trace(net, example)  # what cannot be need not be trained
             prepare.require_spreadable(net, flow, settings)
             smoothing.require_groups(net, flow, settings)
-    prepare.train_(net, settings, data, cache, logger.lightning)
+    prepare.train_(net, settings, data, cache, logger)
     if settings.config["channel_spread"]:
         prepare.spread_(net, _trace(net, example), settings)
     flow = _trace(net, example)
@@ -128,6 +139,12 @@ def _float_network(settings: Settings, outputs: Path, logger: Any) -> Run:
         net, flow = ready, _trace(ready, example)
     if warning:
         terminal.output.print(f"warning: {warning}", markup=False)
+    return Trained(data, net, flow, engines, cache)
+
+
+def _float_network(settings: Settings, outputs: Path, logger: Any) -> Run:
+    """The trained network evaluated and, where engines are to run it, in ONNX."""
+    data, net, flow, engines, cache = trained(settings, outputs, logger.lightning)
     with terminal.stage("evaluating the float network") as update:
         task = passes.evaluate(settings, data, net, update)
     sketches = caches.sketch_cache(cache, settings)

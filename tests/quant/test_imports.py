@@ -26,7 +26,7 @@ ORDER = [
     {"launch"},
     {"sweep"},
     {"search"},
-    {"cli", "levels_cli", "flatness_cli", "compare_cli", "doctor_cli", "__main__"},
+    {"cli", "levels_cli", "flatness_cli", "compare_cli", "doctor_cli", "outliers_cli", "__main__"},
 ]
 # fmt: on
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

@@ -1,0 +1,140 @@
+"""qexp outliers: how far activations of a network lie out, and in which channels, as a table, a file and a picture."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from qexp.composing import start_hydra, swept_of
+from qexp.jobs import Job, compose_call, require_places, silence_libraries
+from qexp.levels_cli import require_drawable, require_matplotlib
+from qexp.sections import ConfigError
+from qexp.settings import Settings
+from qexp.store import StoreError
+
+if TYPE_CHECKING:
+    from qexp.metrics.outliers import Outliers
+
+USAGE = """\
+qexp outliers: how far activations of a network lie out, and in which channels
+
+usage: qexp outliers [--output FILE] [--config-dir DIR] [KEY=VALUE ...]
+
+  qexp outliers model=minilm data=stdlib_docs
+  qexp outliers model=minilm data=stdlib_docs smoothing=smoothquant
+  qexp outliers model=mobilenet
+
+KEY=VALUE is as in a run, and refused alike (qexp --help). The float network is that of a run, trained or from the
+cache, with BatchNorm folded and smoothed as asked for; the calibration data pass through it, and whatever arrives at a
+layer that can be quantized is a site. A channel is an outlier where its max|x| exceeds 6 standard deviations of the
+site.
+
+  --output FILE      FILE.png or FILE.svg: the channels of each site; the figures of all sites go to FILE.csv beside it
+                     (without it: <paths.outputs>/outliers/<model>-<data>/outliers.png)
+  --config-dir DIR   configs of your own
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Measure and draw. Errors: those of a run."""
+    if {"--help", "-h"} & set(arguments):
+        print(USAGE, end="")
+        return 0
+    given = _parsed(arguments)
+    job = _job(given.overrides, given.config_dir)
+    path = Path(given.output) if given.output else _default_path(job)
+    require_drawable(path, f"--output={path}" if given.output else "paths.outputs")
+    require_places([job])
+    require_matplotlib()
+    _show(_measured(job), path, _title(job.settings))
+    return 0
+
+
+def _parsed(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="qexp outliers", add_help=False, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--output")
+    parser.add_argument("--config-dir", "-cd")
+    parser.error = _refuse
+    return parser.parse_intermixed_args(arguments)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ConfigError(f"{message}; qexp outliers --help shows what can be said")
+
+
+def _job(overrides: list[str], config_dir: str | None) -> Job:
+    """The one choice that is asked for, checked as that of a run is. Errors: ConfigError."""
+    start_hydra(config_dir)
+    if swept := swept_of(overrides):
+        raise ConfigError(f"{swept[0]}: several values, but qexp outliers looks at one choice at a time")
+    if not any(override.partition("=")[0] == "engine" for override in overrides):
+        overrides = [*overrides, "engine=none"]
+    call = compose_call(overrides, multirun=False, config_dir=config_dir)
+    if call.is_sweep:
+        raise ConfigError(f"a sweep of {len(call.jobs)} choices, but qexp outliers looks at one at a time")
+    return call.jobs[0]
+
+
+def _names(settings: Settings) -> tuple[str, str]:
+    model, data = (settings.config[group]["_target_"].rpartition(".")[2] for group in ("model", "data"))
+    return model, data
+
+
+def _default_path(job: Job) -> Path:
+    words = [*_names(job.settings), *_smoothed(job.settings)]
+    return job.outputs / "outliers" / re.sub(r"[^A-Za-z0-9_.+-]+", "_", "-".join(words)) / "outliers.png"
+
+
+def _smoothed(settings: Settings) -> list[str]:
+    return [f"alpha={settings.config['smoothing']['alpha']}"] if settings.alphas else []
+
+
+def _title(settings: Settings) -> str:
+    model, data = _names(settings)
+    told = f"{model}: activations on calibration data of {data}"
+    return ", ".join([told, *_smoothed(settings), f"seed {settings.seed}"])
+
+
+def _measured(job: Job) -> list[Outliers]:
+    """The statistics of the network as it would be quantized."""
+    import torch
+
+    from qexp import caches, passes, prepare, smoothing
+    from qexp.metrics.outliers import outliers
+    from qexp.quant.convert import fold_batchnorm_
+    from qexp.report import terminal
+    from qexp.run import trained
+
+    silence_libraries()
+    settings = job.settings
+    terminal.show_progress(settings.config["progress"])
+    torch.set_num_threads(settings.config["trainer"]["threads"])
+    found = trained(settings, job.outputs, logger=False)
+    model = copy.deepcopy(found.net)
+    if settings.config["fold_batchnorm"]:
+        fold_batchnorm_(model, found.flow)
+    smoothing.smooth_(model, settings, found.data, found.flow, caches.sketch_cache(found.cache, settings))
+    with terminal.stage("two passes over the calibration data") as update:
+        loader = prepare.calibration_loader(found.data, settings.seed)
+        with prepare.evaluating(model):
+            return outliers(model, found.flow.example, lambda: (x for x, _ in passes.counted(loader, update)))
+
+
+def _show(sites: list[Outliers], path: Path, title: str) -> None:
+    from qexp.report import figures
+    from qexp.report.outliers import outliers_table, write
+    from qexp.report.outliers_figure import outliers_figure
+    from qexp.report.terminal import output
+
+    output.print(outliers_table(sites, title))
+    table = path.with_suffix(".csv")
+    try:
+        write(table, sites)
+        figures.save(outliers_figure(sites, title), path)
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be written ({error.strerror or error})") from None
+    output.print(f"all sites in {table}, the picture in {path}", markup=False)
