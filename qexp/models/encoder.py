@@ -13,14 +13,6 @@ from qexp.quant.layers import Add, MatMul
 MASKED = -1e4
 
 
-class MaskAdd(Add):
-    """Scores plus mask; no quantizer takes it, whose range would be that of the mask and leave scores no codes.
-
-    >>> MaskAdd()(torch.zeros(2), torch.tensor([0.0, MASKED]))
-    tensor([     0., -10000.])
-    """
-
-
 class Embeddings(nn.Module):
     """h = LayerNorm(word(ids) + token_type(0) + position(0 .. T-1)), all tokens being of the first sentence.
 
@@ -75,7 +67,7 @@ class Attention(nn.Module):
         self.heads, self.scale = heads, (hidden // heads) ** -0.5
         self.query, self.key, self.value = (nn.Linear(hidden, hidden) for _ in range(3))
         self.scores = MatMul()
-        self.mask = MaskAdd()
+        self.mask = Add()
         self.softmax = nn.Softmax(-1)
         self.context = MatMul()
         self.output = nn.Linear(hidden, hidden)

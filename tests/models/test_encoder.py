@@ -18,7 +18,7 @@ from qexp.data.pretrained import pretrained_folder
 from qexp.models import bert_tiny_random, hugging_face_encoder, minilm
 from qexp.models.encoder import Encoder, TextClassifier
 from qexp.models.minilm import FILES, encoder_sizes, require_hash
-from qexp.quant.convert import QUANTIZED, refuse_unquantizable
+from qexp.quant.convert import refuse_unquantizable
 from qexp.quant.dataflow import Dataflow
 from qexp.quant.grid import IntegerGrid
 from qexp.quant.layers import Add, MatMul
@@ -202,10 +202,11 @@ def test_the_graph_of_minilm_serves_batches_of_any_size(net, ids):
     torch.testing.assert_close(flow.program.module()(ids[1:]), net(ids[1:]), rtol=0, atol=1e-6)
 
 
-def test_the_mask_is_added_by_a_module_that_no_quantizer_takes():
-    net = tiny()
-    masks = [m for name, m in net.named_modules() if name.endswith(".mask")]
-    assert len(masks) == 2 and all(isinstance(m, Add) and type(m) not in QUANTIZED for m in masks)
+def test_every_sum_is_a_module_of_its_own():
+    names = {name for name, module in tiny().named_modules() if isinstance(module, Add)}
+    sums = ("attention.mask", "attention_add", "output_add")
+    expected = {f"encoder.layers.{layer}.{name}" for layer in (0, 1) for name in sums}
+    assert names == expected | {"encoder.embeddings.add_token_type", "encoder.embeddings.add_position"}
 
 
 def test_everything_of_a_random_bert_learns():
