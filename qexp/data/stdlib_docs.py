@@ -23,15 +23,18 @@ NO_LIBRARY = {"antigravity", "ensurepip", "idlelib", "lib2to3", "test", "this", 
 TESTS = {"test", "tests"}  # folders of tests inside a package
 FEWEST_WORDS = 5  # "Return the result." could be anywhere
 SIMILAR = 0.8  # the share of common words from which two texts are one
+# Words of a beginning. A model that sees no more of two texts shall not meet one in training and one in the test.
+BEGINNING = 25
 
 
 class StdlibDocs(TextDataModule):
     """Docstrings of modules, classes and functions; the label is the top-level module or package they stand in.
 
     They are parsed from the sources of the Python that runs, and no module is imported. Left out are docstrings of
-    fewer than five words and those that say nearly what an earlier one says, in the same module or another (see
-    `distinct`); then modules with fewer than `per_class`. With `most_per_class`, larger ones are thinned out evenly.
-    Another version of Python has other texts and is another data set; `version` says which.
+    fewer than five words and those that say nearly what an earlier one says, in the same module or another, as a whole
+    or in their first 25 words (see `distinct`); then modules with fewer than `per_class`. With `most_per_class`, larger
+    ones are thinned out evenly. Another version of Python has other texts and is another data set; `version` says
+    which.
     Raises `ValueError` for an option out of range and where the sources are not installed.
 
     >>> StdlibDocs(per_class=1)
@@ -69,7 +72,9 @@ def _told_apart(folder: Path) -> tuple[tuple[str, str], ...]:
     found = [(module, text) for module, text in docstrings(folder) if len(words(text)) >= FEWEST_WORDS]
     if not found:
         raise ValueError(f"data: {folder} holds no sources of the standard library, whose docstrings are to be read")
-    return tuple(found[index] for index in distinct([text for _, text in found]))
+    for most in None, BEGINNING:
+        found = [found[place] for place in distinct([" ".join(words(text)[:most]) for _, text in found])]
+    return tuple(found)
 
 
 @cache  # of one process: reading takes seconds
