@@ -232,20 +232,22 @@ def factors(activations: Tensor, weights: Tensor, alpha: float) -> Tensor:
 
 
 @torch.no_grad()
-def noise(rows: Tensor, weights: Sequence[Tensor], s: Tensor, activation: Scheme, schemes: Sequence[Scheme]) -> float:
+def noise(rows: Tensor, weights: Sequence[Tensor], s: Tensor, schemes: Sequence[tuple[Scheme, Scheme]]) -> float:
     """Squared error of all layers of a group: sum over W of ||X W^T - Q(X / s) Q(W s)^T||^2.
 
-    The quantizers are those of the recipe; a static range of activations is that of these tokens. Shapes: rows (R, C),
-    each W (out, C), s (C,).
+    `schemes` are those of the input and the weight of each layer; a static range of activations is that of these
+    tokens. Shapes: rows (R, C), each W (out, C), s (C,).
 
-    >>> noise(torch.eye(2), [torch.eye(2)], torch.ones(2), Scheme(), [Scheme()])
+    >>> noise(torch.eye(2), [torch.eye(2)], torch.ones(2), [(Scheme(), Scheme())])
     0.0
     """
-    s = s.float()
-    x = _quantized((rows / s).unsqueeze(0), activation, is_weight=False).squeeze(0)  # (N, T, C), as in the network
-    total = 0.0
-    for weight, scheme in zip(weights, schemes, strict=True):
-        error = F.linear(rows, weight) - F.linear(x, _quantized(weight * s, scheme, is_weight=True))
+    s, total = s.float(), 0.0
+    inputs = (rows / s).unsqueeze(0)  # (N, T, C), as in the network
+    quantized = {scheme: _quantized(inputs, scheme, is_weight=False).squeeze(0) for scheme, _ in schemes}
+    for weight, (of_input, of_weight) in zip(weights, schemes, strict=True):
+        error = F.linear(rows, weight) - F.linear(
+            quantized[of_input], _quantized(weight * s, of_weight, is_weight=True)
+        )
         total += float(error.double().square().sum())
     return total
 
@@ -300,9 +302,10 @@ def _compared(
     seen: Seen, weights: list[Tensor], candidates: dict[float, Tensor], recipe: Recipe, names: list[str]
 ) -> dict[float, float]:
     """SQNR of the outputs of a group in decibels, by alpha."""
-    rows, schemes = seen.rows(), [recipe.weight_of(name) for name in names]
+    rows = seen.rows()
+    schemes = [(recipe.activation_of(f"{name}.input"), recipe.weight_of(name)) for name in names]
     signal = sum(float(F.linear(rows, weight).double().square().sum()) for weight in weights)
-    errors = {alpha: noise(rows, weights, s, recipe.activation, schemes) for alpha, s in candidates.items()}
+    errors = {alpha: noise(rows, weights, s, schemes) for alpha, s in candidates.items()}
     return {alpha: 10 * math.log10(signal / error) if error and signal else math.inf for alpha, error in errors.items()}
 
 
