@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from qexp import prepare, smoothing
+from qexp.metrics.sqnr import sqnr_db
 from qexp.quant.convert import calibrating, fold_batchnorm_, observing, quantize_, recall_, targets
 from qexp.quant.dataflow import Dataflow
 from qexp.quant.layers import QuantLinear
@@ -26,9 +28,17 @@ from qexp.tasks.ptq import PTQTask
 
 
 def evaluate(settings: Settings, data: pl.LightningDataModule, net: nn.Module, update: terminal.Update) -> PTQTask:
-    """The task after a pass over the test set."""
-    task = PTQTask(net, data.num_classes)
-    prepare.trainer(settings.config, update).test(task, data.test_dataloader(), verbose=False)
+    """The task after a pass over the test set; that of an encoder has what its head read, (N, features)."""
+    task, embeddings = PTQTask(net, data.num_classes), []
+    hook = None
+    if hasattr(net, "embed"):
+        hook = net.head.register_forward_pre_hook(lambda head, inputs: embeddings.append(inputs[0].detach()))
+    try:
+        prepare.trainer(settings.config, update).test(task, data.test_dataloader(), verbose=False)
+    finally:
+        if hook is not None:
+            hook.remove()
+            task.embeddings = torch.cat(embeddings)
     return task
 
 
@@ -50,6 +60,21 @@ def agreement(logits: Tensor, reference: Tensor) -> float:
     return float((logits.argmax(1) == reference.argmax(1)).double().mean())
 
 
+@torch.no_grad()
+def batch_dependence(model: nn.Module, data: pl.LightningDataModule, most: int = 16) -> dict[str, float]:
+    """How far the logits of samples in one batch are from those of each sample alone, where ranges are of each call.
+
+    With one range for a whole tensor they differ; with one for each token or group of features they are the same.
+    """
+    inputs = next(iter(data.test_dataloader()))[0][:most]
+    together, alone = model(inputs), torch.cat([model(one) for one in inputs.split(1)])
+    signal, error = together.double().square().sum(), (together - alone).double().square().sum()
+    return {
+        "dynamic/batch_sqnr_db": sqnr_db(signal, error),
+        "dynamic/batch_flips": int((together.argmax(1) != alone.argmax(1)).sum()),
+    }
+
+
 def calibrated(
     net: nn.Module, settings: Settings, data: pl.LightningDataModule, flow: Dataflow, sketches: TensorCache
 ) -> nn.Module:
@@ -63,10 +88,12 @@ def calibrated(
         fold_batchnorm_(model, flow)
     model.smoothed = smoothing.smooth_(model, settings, data, flow, sketches)
     try:
-        quantized = {name for name, _ in targets(model, recipe)}
+        in_float = flow.normalized_additions()
+        quantized = {name for name, _ in targets(model, recipe)}.difference(in_float)
         shapes = site_shapes(model, flow.example)
         logits = _logits_layer(net, recipe, flow, quantized)
-        quantize_(model, recipe, tuple(flow.open_layers(quantized)) if folds else (), logits, shapes)
+        outputs = tuple(flow.open_layers(quantized)) if folds else ()
+        quantize_(model, recipe, outputs, logits, shapes, in_float)
     except ValueError as error:
         raise ConfigError(prepare.blamed(error)) from None
     calibrate_(model, settings, data, flow, smoothing.sketches_of(sketches, model.smoothed, settings))

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from torch import nn
 
-from qexp.engines.deploy import Deployment
+from qexp.engines.deploy import Deployment, activation_schemes
 from qexp.engines.latency import Timings
 from qexp.machine import commit, processor, versions
 from qexp.metrics.footprint import site_bits
@@ -56,8 +56,10 @@ def layer_rows(
 def deployment_metrics(deployment: Deployment, flow: Dataflow) -> dict[str, Any]:
     """Certificate and coverage of one engine."""
     islands = deployment.islands(flow)
+    formats = {str(scheme.grid) for scheme in activation_schemes(deployment.simulation).values()}
     return {
         **deployment.certificate.metrics(),
+        "int8/formats": ", ".join(sorted(formats)),
         "int8/mac_coverage": deployment.mac_coverage,
         "int8/islands": len(islands),
         "int8/island_names": ", ".join(islands),

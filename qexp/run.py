@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qexp import caches, passes, prepare, record, smoothing
 from qexp.engines.base import Engine, EngineRefused
-from qexp.engines.deploy import certify_deployment, deploy, measure, simulation_for
+from qexp.engines.deploy import activation_schemes, certify_deployment, deploy, measure, simulation_for
 from qexp.engines.export import export_quantized
 from qexp.engines.saturation import saturates
 from qexp.finetuning import finetune_, finished_
@@ -26,6 +26,7 @@ from qexp.quant import compiled
 from qexp.quant.convert import fit_biases_, set_mode_, unquantized
 from qexp.quant.dataflow import Dataflow, NotExportable, additions_to_modules
 from qexp.quant.quantizer import Mode
+from qexp.quant.recipe import Recipe
 from qexp.report import terminal
 from qexp.sections import ConfigError, build
 from qexp.settings import Settings
@@ -51,6 +52,7 @@ class Run:
     rows: list[dict[str, Any]] = field(default_factory=list)
     in_float: list[tuple[str, str, str]] = field(default_factory=list)
     folder: Path = Path()
+    embeddings: Tensor | None = None  # of the float network, where it is an encoder
     history: list[dict[str, float]] = field(default_factory=list)  # one row for each epoch of fine-tuning
     landscape: Landscape | None = None  # of flatness=true
     where: str = ""  # how to look at the logger's record
@@ -88,7 +90,6 @@ def run(settings: Settings) -> Run:
         if config["compiled"]:
             with terminal.stage("compiling, or loading what was compiled before"):
                 compiled.warm_up()
-        pl.seed_everything(settings.seed, workers=True, verbose=False)
         job = _float_network(settings, outputs, logger)
         if settings.method == "fp32":
             _float_only(job)
@@ -150,6 +151,7 @@ def _float_network(settings: Settings, outputs: Path, logger: Any) -> Run:
     sketches = caches.sketch_cache(cache, settings)
     metrics = {"acc/fp32": passes.accuracy_of(task), "data/test_samples": len(task.logits)}
     job = Run(settings, data, net, flow, engines, task.logits, sketches, metrics)
+    job.embeddings = getattr(task, "embeddings", None)
     job.float_network = cache.folder
     if engines:
         with terminal.stage("exporting the float network to ONNX"):
@@ -178,19 +180,31 @@ def _float_only(job: Run) -> None:
 
 def _quantize(job: Run) -> None:
     """Fold, swap, calibrate: the simulation with all its quantizers."""
-    recipe, model = job.settings.recipe, _calibrated(job)
+    if job.settings.method == "qat":  # which trains for all engines at once
+        for engine in list(job.engines):
+            job.settings = replace(job.settings, recipe=_recipe_for(job, engine))
+    start = time.perf_counter()
+    recipe, model = job.settings.recipe, _calibrated(job, job.settings.recipe)
+    job.metrics["time/calibrate_s"] = time.perf_counter() - start
     products = [(name, "product", "written as a function") for name in job.flow.functional_products()]
     sums = [(name, "addition", "written as a function") for name in job.flow.functional_additions()]
     in_float = unquantized(model, recipe, job.settings.config["fold_batchnorm"])
+    sums += [(name, "Add", "feeds a normalisation, which works in float") for name in job.flow.normalized_additions()]
     job.quantized, job.in_float = model, in_float + products + sums
     job.metrics |= footprint(model).metrics() | smoothing.metrics(model.smoothed)
 
 
-def _calibrated(job: Run) -> nn.Module:
-    start = time.perf_counter()
-    model = passes.calibrated(job.net, job.settings, job.data, job.flow, job.sketches)
-    job.metrics["time/calibrate_s"] = time.perf_counter() - start
-    return model
+def _calibrated(job: Run, recipe: Recipe) -> nn.Module:
+    return passes.calibrated(job.net, replace(job.settings, recipe=recipe), job.data, job.flow, job.sketches)
+
+
+def _recipe_for(job: Run, engine: Engine) -> Recipe:
+    """The recipe with an engine's formats, or as it is for an engine that refuses it and is left out."""
+    try:
+        return engine.recipe(job.settings.recipe, job.flow)
+    except EngineRefused as error:
+        job.refused(str(error), engine)
+        return job.settings.recipe
 
 
 def _finetune(job: Run, folder: Path, logger: Any) -> None:
@@ -219,7 +233,7 @@ def _finetune(job: Run, folder: Path, logger: Any) -> None:
 
 def _flatness(job: Run) -> None:
     """How flat the minimum is; a float network's cell is that of the quantizers which method=ptq would give it."""
-    rounded, calibrated = job.quantized is not None, job.quantized or _calibrated(job)
+    rounded, calibrated = job.quantized is not None, job.quantized or _calibrated(job, job.settings.recipe)
     job.landscape = landscape(calibrated, rounded, job.data, job.settings.seed)
     job.metrics |= job.landscape.metrics()
 
@@ -227,10 +241,12 @@ def _flatness(job: Run) -> None:
 def _deploy_all(job: Run) -> None:
     """Simulate and, for each engine, deploy, certify and time; where no engine is left, only simulate."""
     by_engine, rows = {}, {}
-    graph = _int8_graph(job)
+    if job.engines and (why := job.settings.simulation_only):
+        job.refused(why)
+    models = _Models(job)
     for engine in list(job.engines):
         try:
-            by_engine[engine.name], rows[engine.name] = _deploy(job, engine, graph)
+            by_engine[engine.name], rows[engine.name] = _deploy(job, engine, *models.of(engine))
         except EngineRefused as error:
             job.refused(str(error), engine)
     winner = _measure(job, by_engine)
@@ -244,30 +260,43 @@ def _deploy_all(job: Run) -> None:
     job.rows = record.layer_rows(job.quantized, noise, job.flow.macs(), None)
 
 
-def _int8_graph(job: Run) -> onnx.ModelProto | None:
-    if job.engines and (why := job.settings.simulation_only):
-        job.refused(why)
-    if not job.engines:
-        return None
-    with terminal.stage("exporting the int8 network to ONNX"):
-        try:
-            return export_quantized(job.quantized, job.flow)
-        except NotExportable as error:
-            job.refused(str(error))
-    return None
+class _Models:
+    """The quantized network in the formats that an engine asks for, and its graph; each is made once."""
+
+    def __init__(self, job: Run) -> None:
+        self.job = job
+        self.made: dict[Recipe, tuple[nn.Module, onnx.ModelProto]] = {}
+
+    def of(self, engine: Engine) -> tuple[nn.Module, onnx.ModelProto]:
+        """Errors: EngineRefused."""
+        job = self.job
+        trained = job.settings.method == "qat"
+        recipe = job.settings.recipe if trained else engine.recipe(job.settings.recipe, job.flow)
+        if recipe not in self.made:
+            model = job.quantized if recipe == job.settings.recipe else _calibrated(job, recipe)
+            with terminal.stage("exporting the int8 network to ONNX"):
+                try:
+                    self.made[recipe] = model, export_quantized(model, job.flow)
+                except NotExportable as error:
+                    raise EngineRefused(engine, str(error)) from None
+        return self.made[recipe]
 
 
-def _deploy(job: Run, engine: Engine, graph: onnx.ModelProto) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _deploy(
+    job: Run, engine: Engine, model: nn.Module, graph: onnx.ModelProto
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """One engine's figures and rows of the table of layers."""
     threads = job.engine["threads"]
     with terminal.stage(f"{engine.name}: simulation, int8 run, certificate") as update:
-        simulation = simulation_for(engine, job.quantized, job.flow)
+        simulation = simulation_for(engine, model, job.flow)
         figures, noise = _simulate(job, simulation, update)
         deployment = deploy(engine, graph, simulation, job.flow, threads)
         if deployment.mac_coverage == 0:
             raise EngineRefused(engine, "it would run every layer in float, which is not timed as int8")
         batches = passes.counted(job.data.test_dataloader(), update)
         logits = certify_deployment(deployment, batches, threads)
+        if any(scheme.of_call for scheme in activation_schemes(simulation).values()):
+            figures |= passes.batch_dependence(simulation, job.data)
         figures |= record.deployment_metrics(deployment, job.flow)
         figures["acc/drop"] = job.metrics["acc/fp32"] - figures["acc/engine"]
         figures["agree/argmax"] = passes.agreement(torch.from_numpy(logits), job.reference)
@@ -292,6 +321,10 @@ def _simulate(
         "agree/argmax": passes.agreement(task.logits, job.reference),
         "sqnr/output_db": sqnr_db(signal.square().sum(), error.square().sum()),
     }
+    if job.embeddings is not None:
+        signal = job.embeddings.double()
+        error = signal - task.embeddings.double()
+        figures["sqnr/embedding_db"] = sqnr_db(signal.square().sum(), error.square().sum())
     return figures, noise
 
 

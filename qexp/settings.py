@@ -107,7 +107,7 @@ SECTIONS: dict[str, tuple[str, ...] | None] = {
 PREPARED = {"channel_spread": 0, "fold_batchnorm": True}
 UNFOLDED = "BatchNorm is not folded into the layers before it (fold_batchnorm=false), as it is in every int8 engine"
 CHOICES = {
-    "method.name": ("fp32", "ptq", "qat"),
+    "method.name": ("fp32", "ptq", "qat", "dynamic"),
     "fold_batchnorm": (True, False),
     "trainer.accelerator": ("cpu", "gpu", "auto"),
     "trainer.precision": ("32-true", "bf16-mixed", "16-mixed"),
@@ -322,6 +322,7 @@ def _scheme(plain: dict[str, Any], tensor: str, made: dict[str, Any]) -> Scheme:
         _built(plain, "granularity", tensor, Granularity, made),
         _built(plain, "calibration", tensor, Calibration, made),
         _built(plain, "rounding", tensor, Rounding, made),
+        dynamic=tensor == "activation" and plain["method"]["name"] == "dynamic",
     )
     if isinstance(scheme.grid, Levels):  # what a file says belongs to the identity of a run
         plain["quantizer"][tensor] |= {"values": list(scheme.grid.values), "thresholds": scheme.grid.thresholds}

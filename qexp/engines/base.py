@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 import onnx
 
 from qexp.quant.dataflow import Dataflow
+from qexp.quant.grid import IntegerGrid
+from qexp.quant.recipe import Recipe, Scheme
 
 
 class EngineRefused(ValueError):
@@ -22,7 +25,7 @@ class Session(Protocol):
     """A compiled graph for one batch size."""
 
     def run(self, batch: np.ndarray) -> list[np.ndarray]:
-        """All outputs of one batch, float32 (N, C, H, W) in."""
+        """All outputs of one batch; images are float32 (N, C, H, W), tokens int64 (N, T)."""
         ...
 
     def layers(self) -> dict[str, str]:
@@ -39,8 +42,19 @@ class Engine(Protocol):
         """Version of the library."""
         ...
 
-    def float_sites(self, flow: Dataflow, sites: set[str]) -> set[str]:
+    def recipe(self, recipe: Recipe, flow: Dataflow) -> Recipe:
+        """The recipe with those formats of single sites, of the same width, that this engine multiplies fastest.
+
+        Errors: EngineRefused for ranges of each call in a form that it does not compute.
+        """
+        ...
+
+    def float_sites(self, flow: Dataflow, schemes: dict[str, Scheme]) -> set[str]:
         """Which activation sites this engine wants, or treats, as float."""
+        ...
+
+    def signed_sites(self, flow: Dataflow, schemes: dict[str, Scheme]) -> set[str]:
+        """Which activation sites with zero point 0 this engine wants stored as int8; the others are uint8."""
         ...
 
     def session(self, model: onnx.ModelProto, shape: tuple[int, ...], threads: int, traced: bool = False) -> Session:
@@ -54,10 +68,27 @@ def start(
     """A session that has run once, on zeros. Errors: EngineRefused."""
     try:
         session = engine.session(model, shape, threads, traced)
-        session.run(np.zeros(shape, np.float32))
+        session.run(np.zeros(shape, input_type(model)))
     except Exception as error:  # each library raises its own types, and whatever its kernels meet
         raise EngineRefused(engine, _reason(error)) from error
     return session
+
+
+def input_type(model: onnx.ModelProto) -> np.dtype:
+    """Type of the numbers that a graph reads: images are float32, tokens int64."""
+    return onnx.helper.tensor_dtype_to_np_dtype(model.graph.input[0].type.tensor_type.elem_type)
+
+
+def symmetric(scheme: Scheme) -> Scheme:
+    """The same scheme with zero point 0 and all codes of its width, which need no bounds.
+
+    >>> print(symmetric(Scheme(IntegerGrid(8, "affine"))))
+    int8 wide_codes, per_tensor, minmax
+    """
+    grid = scheme.grid
+    if not isinstance(grid, IntegerGrid) or grid.symmetric:
+        return scheme
+    return replace(scheme, grid=IntegerGrid(grid.bits, "wide_codes", grid.scale))
 
 
 def _reason(error: Exception) -> str:

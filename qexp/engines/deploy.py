@@ -12,14 +12,15 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from qexp.engines.base import Engine, Session, start
+from qexp.engines.base import Engine, EngineRefused, Session, start
 from qexp.engines.latency import Timings, interleave
 from qexp.engines.parity import Certificate, certify
 from qexp.engines.place import Artefact, place
 from qexp.quant.convert import layers, quantizers
-from qexp.quant.dataflow import Dataflow
+from qexp.quant.dataflow import Dataflow, NotExportable
 from qexp.quant.layers import Add
 from qexp.quant.quantizer import Mode
+from qexp.quant.recipe import Scheme
 
 
 @dataclass
@@ -46,25 +47,35 @@ class Deployment:
 
     def islands(self, flow: Dataflow) -> list[str]:
         """Layers with products or residual sums that the engine runs in float."""
-        sums = [name for name, module in flow.modules.items() if isinstance(module, Add)]
+        normalized = flow.normalized_additions()
+        sums = [name for name, module in flow.modules.items() if isinstance(module, Add) and name not in normalized]
         return [layer for layer in (*self.macs, *sums) if not self.runs_int8(layer)] + flow.functional_additions()
 
 
 def simulation_for(engine: Engine, model: nn.Module, flow: Dataflow) -> nn.Module:
     """A copy of the calibrated model without the quantizers that the engine leaves out."""
     placed = copy.deepcopy(model)
-    sites = {quantizer.site for quantizer in quantizers(placed) if not quantizer.is_weight}
-    off = engine.float_sites(flow, sites)
+    off = engine.float_sites(flow, activation_schemes(placed))
     for quantizer in quantizers(placed):
         if quantizer.site in off:
             quantizer.mode = Mode.OFF
     return placed
 
 
+def activation_schemes(model: nn.Module) -> dict[str, Scheme]:
+    """Site -> scheme of all activations that are quantized."""
+    active = (q for q in quantizers(model) if not q.is_weight and q.mode is Mode.QUANTIZE)
+    return {quantizer.site: quantizer.scheme for quantizer in active}
+
+
 def deploy(engine: Engine, graph: onnx.ModelProto, simulation: nn.Module, flow: Dataflow, threads: int) -> Deployment:
     """Write the graph for the engine and see which layers it runs in int8. Errors: EngineRefused."""
     off = {quantizer.site for quantizer in quantizers(simulation) if quantizer.mode is Mode.OFF}
-    artefact = place(graph, off)
+    schemes = {site: scheme for site, scheme in activation_schemes(simulation).items() if scheme.grid.symmetric}
+    try:
+        artefact = place(graph, off, engine.signed_sites(flow, schemes))
+    except NotExportable as error:
+        raise EngineRefused(engine, str(error)) from None
     session = start(engine, artefact.model, tuple(flow.example[:1].shape), threads, traced=True)
     executed = _by_layer(session.layers(), {name for name, _ in layers(simulation)})
     return Deployment(engine, simulation, artefact, executed, flow.macs())

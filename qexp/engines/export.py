@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import onnx
 import onnxscript.optimizer
 import torch
@@ -27,7 +28,7 @@ from torch.export import ExportedProgram
 
 from qexp.quant.convert import layers, prepare_export_, quantizers
 from qexp.quant.dataflow import Dataflow, NotExportable, trace
-from qexp.quant.onnx_form import OPSET
+from qexp.quant.onnx_form import DYNAMIC, OPSET
 from qexp.quant.quantizer import Mode
 
 Graph = onnx.ModelProto
@@ -37,9 +38,10 @@ aten = torch.ops.aten
 DIRECT = {
     torch.ops.onnx_symbolic._symbolic.default, aten.conv2d.default, aten.linear.default, aten.add.Tensor,
     aten.relu.default, aten.hardtanh.default, aten.mean.dim, aten.flatten.using_ints, aten.max_pool2d.default,
-    aten.sym_size.int,
+    aten.sym_size.int, aten.matmul.default, aten.mul.Tensor, aten.gelu.default, aten.layer_norm.default,
+    aten.softmax.int, aten.embedding.default, aten.transpose.int, aten.view.default,
 }  # fmt: skip
-SITE_OPERATORS = ("QuantizeLinear", "Clip", "DequantizeLinear")
+SITE_OPERATORS = ("QuantizeLinear", "Clip", "DequantizeLinear", DYNAMIC)
 
 
 def numbered(name: str, call: int) -> str:
@@ -71,6 +73,23 @@ def _pool_globally(model: onnx.ModelProto) -> None:
                 replacement = onnx.helper.make_node("GlobalAveragePool", node.input[:1], node.output, node.name)
                 replacement.name = replacement.name.replace("ReduceMean", "GlobalAveragePool")
                 node.CopyFrom(replacement)
+
+
+def _store_transposed(model: onnx.ModelProto) -> None:
+    """Store int8 weights of a MatMul (in, out), as it reads them: between the two no engine looks past a Transpose."""
+    nodes = {output: node for node in model.graph.node for output in node.output}
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    for transpose in [node for node in model.graph.node if node.op_type == "Transpose"]:
+        dequantize = nodes.get(transpose.input[0])
+        codes = tensors.get(dequantize.input[0]) if dequantize is not None and dequantize.input else None
+        if dequantize is None or dequantize.op_type != "DequantizeLinear" or codes is None or len(codes.dims) != 2:
+            continue
+        codes.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(numpy_helper.to_array(codes).T), codes.name))
+        for attribute in dequantize.attribute:
+            if attribute.name == "axis":
+                attribute.i = 1
+        dequantize.output[0] = transpose.output[0]
+        model.graph.node.remove(transpose)
 
 
 def export_float(flow: Dataflow) -> onnx.ModelProto:
@@ -149,13 +168,18 @@ def _undisturbed() -> Iterator[None]:
 def _named(model: onnx.ModelProto) -> onnx.ModelProto:
     """Name nodes after the modules that made them, and drop what the exporter noted of this machine's files."""
     seen: Counter[str] = Counter()
+    makers: dict[str, tuple[str, str]] = {}  # tensor -> operator and name of the node that writes it
     for node in model.graph.node:
         name = _name(node, seen)
+        if node.op_type == "Add" and any(makers.get(tensor) == ("MatMul", name) for tensor in node.input):
+            name = f"{name}/bias"
+        makers.update(dict.fromkeys(node.output, (node.op_type, name)))
         seen[name] += 1
         node.name = numbered(name, seen[name])
         del node.metadata_props[:]
         node.doc_string = ""
     _pool_globally(model)
+    _store_transposed(model)
     del model.graph.metadata_props[:]
     del model.metadata_props[:]
     for info in (*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer):
@@ -181,7 +205,7 @@ def _check(model: onnx.ModelProto, activations: set[str], weights: set[str], com
     """Raise RuntimeError unless the graph holds each site and layer: an exporter may drop them without a word."""
     nodes = {node.name: node for node in model.graph.node}
     initializers = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    wrong = [s for s in activations if s not in nodes or nodes[s].op_type != "QuantizeLinear"]
+    wrong = [s for s in activations if s not in nodes or nodes[s].op_type not in ("QuantizeLinear", DYNAMIC)]
     wrong += [s for s in weights if s not in nodes or initializers.get(nodes[s].input[0]) != onnx.TensorProto.INT8]
     wrong += [s for s in computing if s not in nodes]
     if wrong:

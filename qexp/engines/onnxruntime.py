@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 
+from qexp.engines.base import EngineRefused, symmetric
 from qexp.quant.dataflow import Dataflow
+from qexp.quant.recipe import Recipe, Scheme
 
 # Operators whose kernels multiply or add integers; QDQ pairs that found no such kernel remain float operators.
 INT8_OPERATORS = {
@@ -20,15 +23,32 @@ INT8_OPERATORS = {
 
 
 class OnnxRuntime:
-    """ONNX Runtime wants every input and the output of a convolution quantized, residual additions included."""
+    """ONNX Runtime wants every input and the output of a convolution quantized, residual additions included.
+
+    It multiplies uint8 by int8: of a product of two activations the second is int8 with zero point 0.
+    """
 
     name = "onnxruntime"
 
     def version(self) -> str:
         return ort.__version__
 
-    def float_sites(self, flow: Dataflow, sites: set[str]) -> set[str]:
-        return set()
+    def recipe(self, recipe: Recipe, flow: Dataflow) -> Recipe:
+        form = recipe.activation.dynamic_form
+        if form == "per_group":
+            raise EngineRefused(self, "it computes ranges of each call for tensors and tokens, not for groups")
+        if form is not None:
+            return recipe
+        second = tuple((f"{name}.b", symmetric(recipe.activation_of(f"{name}.b", True))) for name in flow.products())
+        return replace(recipe, sites=second + recipe.sites)
+
+    def float_sites(self, flow: Dataflow, schemes: dict[str, Scheme]) -> set[str]:
+        """Products of two activations with ranges of each call would cost more than they gain."""
+        operands = {f"{name}.{side}" for name in flow.products() for side in "ab"}
+        return {site for site in operands & schemes.keys() if schemes[site].of_call}
+
+    def signed_sites(self, flow: Dataflow, schemes: dict[str, Scheme]) -> set[str]:
+        return {f"{name}.b" for name in flow.products()} & schemes.keys()
 
     def session(
         self, model: onnx.ModelProto, shape: tuple[int, ...], threads: int, traced: bool = False

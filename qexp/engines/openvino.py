@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import onnx
 import openvino as ov
 
+from qexp.engines.base import EngineRefused, symmetric
+from qexp.engines.place import GROUP
 from qexp.quant.dataflow import Dataflow
+from qexp.quant.granularity import PerGroup
+from qexp.quant.grid import IntegerGrid
+from qexp.quant.recipe import Recipe, Scheme
 
 PRODUCTS = ("Convolution", "FullyConnected", "MatMul")
 PRECISIONS = ("f32", "bf16", "f16")
+CODES = ".weight_quantizer.onnx_codes"  # how the graph calls the codes of a layer's weight
+GROUPS = (128, 64, 32)  # features that share a range of each call; more are no faster, fewer are slower
 
 
 class OpenVino:
@@ -32,9 +40,39 @@ class OpenVino:
     def version(self) -> str:
         return ov.get_version().split("-")[0]
 
-    def float_sites(self, flow: Dataflow, sites: set[str]) -> set[str]:
+    def recipe(self, recipe: Recipe, flow: Dataflow) -> Recipe:
+        form = recipe.activation.dynamic_form
+        if form == "per_token":
+            raise EngineRefused(self, "it computes ranges of each call for groups (per_group), not for tokens")
+        if form == "per_tensor":
+            return self._in_groups(recipe, flow)
+        products = flow.products()
+        if form is not None or not products:
+            return recipe
+        sites = [(f"{name}.{side}", True) for name in products for side in "ab"]
+        sites += [(f"{name}.input", False) for name in flow.linear_layers()]
+        # Zero point 0 is fastest; of values of one sign it would waste half of the codes.
+        both = [(site, of_product) for site, of_product in sites if site not in flow.one_sided()]
+        formats = tuple((site, symmetric(recipe.activation_of(site, of_product))) for site, of_product in both)
+        return replace(recipe, sites=formats + recipe.sites)
+
+    def _in_groups(self, recipe: Recipe, flow: Dataflow) -> Recipe:
+        """Ranges of each call as OpenVINO computes them: symmetric, for groups of features of a token."""
+        features = [flow.modules[name].in_features for name in flow.linear_layers() if not recipe.excludes(name)]
+        size = next((size for size in GROUPS if not any(n % size for n in features)), None)
+        if size is None:
+            raise EngineRefused(self, f"no group of {', '.join(map(str, GROUPS))} features divides all linear layers")
+        activation = replace(recipe.activation, grid=IntegerGrid(8, "restricted"), granularity=PerGroup(size))
+        return replace(recipe, activation=activation)
+
+    def float_sites(self, flow: Dataflow, schemes: dict[str, Scheme]) -> set[str]:
         branches = {f"{add}.{sides[0]}" for add, sides in flow.convolution_branches().items() if sides}
-        return branches & sites
+        operands = {f"{name}.{side}" for name in flow.products() for side in "ab"}
+        return {site for site in operands & schemes.keys() if schemes[site].of_call} | branches & schemes.keys()
+
+    def signed_sites(self, flow: Dataflow, schemes: dict[str, Scheme]) -> set[str]:
+        linear = {f"{name}.input" for name in flow.linear_layers()} if flow.products() else set()
+        return (linear | {f"{name}.{side}" for name in flow.products() for side in "ab"}) & schemes.keys()
 
     def session(
         self, model: onnx.ModelProto, shape: tuple[int, ...], threads: int, traced: bool = False
@@ -47,18 +85,25 @@ class OpenVinoSession:
 
     def __init__(self, model: onnx.ModelProto, shape: tuple[int, ...], threads: int, precision: str) -> None:
         core = ov.Core()
+        self._group = next((int(prop.value) for prop in model.metadata_props if prop.key == GROUP), 0)
         graph = core.read_model(model.SerializeToString())
         graph.reshape(list(shape))
-        options = {
+        self._options = {
             "INFERENCE_PRECISION_HINT": precision,
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
             "PERFORMANCE_HINT": "LATENCY",
+            # Its default would quantize the inputs of linear layers with int8 weights, asked or not.
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": self._group,
         }
-        self._compiled = core.compile_model(graph, "CPU", options)
+        self._compiled = core.compile_model(graph, "CPU", self._options)
         # OpenVINO calls a node that returns an output of the graph by the name of that output.
         outputs = {output.name for output in model.graph.output}
         self._renamed = {name: node.name for node in model.graph.node for name in node.output if name in outputs}
+        # A product of activations may bear the name of what is behind it.
+        readers = {name: node.name for node in model.graph.node for name in node.input}
+        products = [node for node in model.graph.node if node.op_type == "MatMul"]
+        self._behind = {node.name: readers[node.output[0]] for node in products if node.output[0] in readers}
         self._request = self._compiled.create_infer_request()
 
     def run(self, batch: np.ndarray) -> list[np.ndarray]:
@@ -69,20 +114,40 @@ class OpenVinoSession:
 
     def layers(self) -> dict[str, str]:
         found: dict[str, str] = {}
+        dynamic = self._group and _quantizes_dynamically(self._group, self._options)
         for node in self._compiled.get_runtime_model().get_ordered_ops():
             info = {key: str(node.rt_info[key].value) for key in node.rt_info}
             kind = f"{info['layerType']} int8" if _integer(node, info) else info["layerType"]
+            if info["layerType"] in PRODUCTS and (layer := _layer_of_weights(node)):
+                if dynamic and info["runtimePrecision"] == "i8":  # that of the weights
+                    kind = f"{info['layerType']} dynamic int8"
+                found[layer] = kind  # its own name may have been lost to what was fused into it
             for original in info.get("originalLayersNames", "").split(","):
                 name = re.sub(r"/WithoutBiases.*$", "", original)
                 name = self._renamed.get(name, name)
                 if name not in found or info["layerType"] in PRODUCTS:
                     found[name] = kind
-        return found
+        return {name: found[behind] for name, behind in self._behind.items() if behind in found} | found
+
+
+def _quantizes_dynamically(size: int, options: dict[str, object]) -> bool:
+    """Whether linear layers compute ranges of each call on this processor, which no property of the graph tells.
+
+    Of features 1 and 0.3 / 127 in one group the second has code 0: a sum of products with weights 1 shows it.
+    """
+    x = np.zeros((1, 32, size), np.float32)
+    x[..., 0], x[..., 1] = 1, 0.3 / 127
+    entry = ov.opset13.parameter(list(x.shape), np.float32)
+    codes = ov.opset13.convert(ov.opset13.constant(np.ones((64, size), np.int8)), np.float32)
+    weights = ov.opset13.multiply(codes, ov.opset13.constant(np.full((64, 1), 1, np.float32)))
+    product = ov.opset13.matmul(entry, weights, False, True)
+    compiled = ov.Core().compile_model(ov.Model([product], [entry], "probe"), "CPU", options)
+    return bool(np.abs(compiled([x])[0] - 1).max() < 0.1 / 127)
 
 
 def _integer(node: ov.Node, info: dict[str, str]) -> bool:
     """Whether a node of the optimized graph computes on integers."""
-    kernel = info.get("primitiveType", "").endswith("_I8")
+    kernel = info.get("primitiveType", "").lower().endswith("_i8")
     if info["layerType"] in PRODUCTS:
         # The precision of these is their weights', which a float kernel may decompress.
         return kernel
@@ -90,6 +155,18 @@ def _integer(node: ov.Node, info: dict[str, str]) -> bool:
     sources = [entry.get_source_output().get_node() for entry in node.inputs()]
     perceptron = info["layerType"] == "Subgraph" and any(_is_int8_constant(source) for source in sources)
     return kernel or perceptron or info.get("runtimePrecision") in ("u8", "i8")
+
+
+def _layer_of_weights(node: ov.Node) -> str | None:
+    """The layer whose stored codes a product reads, past what moves them."""
+    for entry in node.inputs()[1:2]:
+        source = entry.get_source_output().get_node()
+        while source.get_input_size() and str(source.rt_info["layerType"].value) != "Const":
+            source = source.input(0).get_source_output().get_node()
+        name = str(source.rt_info["originalLayersNames"].value)
+        if name.endswith(CODES):
+            return name.removesuffix(CODES)
+    return None
 
 
 def _is_int8_constant(node: ov.Node) -> bool:

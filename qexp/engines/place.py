@@ -20,14 +20,24 @@ import onnx
 from onnx import numpy_helper
 
 from qexp.engines.export import SITE_OPERATORS, site_of
+from qexp.quant.dataflow import NotExportable
+from qexp.quant.onnx_form import DYNAMIC
+
+GROUP = "qexp.dynamic_group"  # in the metadata of a graph: features that share a range of each call
+TINY = 2.0**-126  # the least scale, a normal number
 
 
 @dataclass(frozen=True)
 class Artefact:
-    """A graph as one engine gets it, and the tensor that holds the codes of each active activation site."""
+    """A graph as one engine gets it, and the tensor that holds the codes of each active activation site.
+
+    `signed` code tensors are int8, 128 less than the uint8 of the others. An engine that computes ranges of each call
+    inside of a layer shows no codes.
+    """
 
     model: onnx.ModelProto
     codes: dict[str, str]
+    signed: frozenset[str] = frozenset()
     pools: dict[str, onnx.NodeProto] = field(default_factory=dict)  # code tensor -> the max pool that the site follows
 
     @property
@@ -39,9 +49,10 @@ class Artefact:
         """A copy that returns, after its own output, the codes of every tensor in `code_tensors`."""
         copied = _copy(self.model)
         for tensor in self.code_tensors:
+            kind = onnx.TensorProto.INT8 if tensor in self.signed else onnx.TensorProto.UINT8
             if tensor in self.pools:
                 tensor = _pooled(copied.graph, tensor, self.pools[tensor])
-            copied.graph.output.append(onnx.helper.make_tensor_value_info(tensor, onnx.TensorProto.UINT8, None))
+            copied.graph.output.append(onnx.helper.make_tensor_value_info(tensor, kind, None))
         return copied
 
 
@@ -51,7 +62,9 @@ class _Rewriter:
 
     model: onnx.ModelProto
     float_sites: set[str]
+    signed_sites: set[str]
 
+    signed: set[str] = field(default_factory=set)
     codes: dict[str, str] = field(default_factory=dict)
     pools: dict[str, onnx.NodeProto] = field(default_factory=dict)
 
@@ -83,18 +96,126 @@ class _Rewriter:
                 self.remove(node, node.input[0])
 
     def note_codes(self) -> None:
-        """The codes of a site are what its Clip returns."""
+        """The codes of a site are what its Clip returns; those of a dynamic one are yet to be computed."""
         for node in self.graph.node:
+            if node.op_type == DYNAMIC:
+                self.codes[node.name] = node.output[0]
             if node.op_type == "QuantizeLinear":
                 (clip,) = self.readers(node.output[0])
                 self.codes[node.name] = clip.output[0]
+
+    def write_dynamic(self) -> None:
+        """Ranges of each call in operators that engines have; OpenVINO computes those of groups by itself."""
+        groups: set[int] = set()
+        for marker in [node for node in self.graph.node if node.op_type == DYNAMIC]:
+            how = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in marker.attribute}
+            sites = [site for site, tensor in self.codes.items() if tensor == marker.output[0]]
+            if how["form"] == b"none":
+                raise NotExportable(f"{marker.name} has ranges of each call in a form that no engine computes")
+            if how["form"] == b"per_group":
+                groups.add(how["size"])
+                self.codes = {site: tensor for site, tensor in self.codes.items() if site not in sites}
+                self.remove(marker, marker.input[0])
+                continue
+            codes, scale, *zero_point = self._dynamic_codes(marker, how["form"] == b"per_token")
+            self.codes.update(dict.fromkeys(sites, codes))
+            for reader in self.readers(marker.output[0]):
+                self._multiply_integers(reader, marker, codes, scale, zero_point)
+            self.graph.node.remove(marker)
+        for node in [n for n in self.graph.node if n.op_type == "DequantizeLinear" and not self.readers(n.output[0])]:
+            self.graph.node.remove(node)
+        if len(groups) > 1:
+            raise NotExportable(f"groups of several sizes ({', '.join(map(str, groups))}) have ranges of each call")
+        if groups:
+            onnx.helper.set_model_props(self.model, {GROUP: str(groups.pop())})
+        opsets = [opset for opset in self.model.opset_import if opset.domain in ("", "ai.onnx")]
+        del self.model.opset_import[:]
+        self.model.opset_import.extend(opsets)
+
+    def _dynamic_codes(self, marker: onnx.NodeProto, per_token: bool) -> list[str]:
+        """Codes, scale and, where it is not 0, zero point."""
+        x, name = marker.input[0], marker.name
+        if not per_token:
+            outputs = [f"{name}/{part}" for part in ("codes", "scale", "zero_point")]
+            self._insert(marker, "DynamicQuantizeLinear", [x], outputs, name)
+            return outputs
+        # S = max|x| / 127 of each row, q = round(x / S); a row of zeros has codes of 0 with any scale.
+        size = self._insert(marker, "Abs", [x])
+        largest = self._insert(marker, "ReduceMax", [size, self._constant(f"{name}/axis", np.array([-1], np.int64))])
+        largest = self._insert(marker, "Max", [largest, self._constant(f"{name}/least", np.float32(127 * TINY))])
+        scale = self._insert(marker, "Div", [largest, self._constant(f"{name}/levels", np.float32(127))])
+        codes = self._insert(marker, "Round", [self._insert(marker, "Div", [x, scale])])
+        codes = self._insert(marker, "Cast", [codes], name=name, to=onnx.TensorProto.INT8)
+        self.signed.add(codes)
+        return [codes, scale]
+
+    def _multiply_integers(
+        self, layer: onnx.NodeProto, marker: onnx.NodeProto, codes: str, scale: str, zero_point: list[str]
+    ) -> None:
+        """x W + b = S_x S_w (q_x - Z_x) q_w + b, the product on integers; ONNX Runtime makes one operator of it."""
+        weight = next((n for n in self.graph.node if len(layer.input) > 1 and layer.input[1] in n.output), None)
+        products = layer.op_type in ("MatMul", "Gemm") and weight is not None and weight.op_type == "DequantizeLinear"
+        if not products or weight.input[0] not in self.constants:
+            raise NotExportable(
+                f"{marker.name} has ranges of each call, which engines compute for linear layers with int8 weights"
+            )
+        stored = self.constants[weight.input[0]]
+        if layer.op_type == "Gemm":
+            stored = np.ascontiguousarray(stored.T)
+        w = self._constant(f"{layer.name}/codes", stored)
+        w_zero = self._constant(f"{layer.name}/zero_point", np.int8(0))
+        # MatMulInteger takes zero points by position, and one of x is needed before one of W.
+        x_zero = zero_point or [self._constant(f"{marker.name}/zero_point", np.int8(0))]
+        product = self._insert(layer, "MatMulInteger", [codes, w, *x_zero, w_zero], name=layer.name)
+        both = self._insert(layer, "Mul", [scale, weight.input[1]], name=f"{layer.name}/scale")
+        product = self._insert(layer, "Cast", [product], name=f"{layer.name}/float", to=onnx.TensorProto.FLOAT)
+        has_bias = len(layer.input) > 2
+        outputs = None if has_bias else list(layer.output)
+        scaled = self._insert(layer, "Mul", [product, both], outputs, f"{layer.name}/scaled")
+        if has_bias:
+            self._insert(layer, "Add", [scaled, layer.input[2]], list(layer.output), f"{layer.name}/bias")
+        self.graph.node.remove(layer)
+
+    def _insert(
+        self, before: onnx.NodeProto, kind: str, inputs: list[str], outputs: list[str] | None = None,
+        name: str | None = None, **attributes: int,
+    ) -> str:  # fmt: skip
+        """Put a node in front of another; the name of its first output."""
+        name = name or f"{before.name}/{kind}"
+        outputs = outputs or [f"{name}/{kind}_out"]
+        node = onnx.helper.make_node(kind, inputs, outputs, name=name, **attributes)
+        self.graph.node.insert(list(self.graph.node).index(before), node)
+        return outputs[0]
+
+    def _constant(self, name: str, value: np.ndarray) -> str:
+        if name not in self.constants:
+            self.constants[name] = np.asarray(value)
+            self.graph.initializer.append(numpy_helper.from_array(self.constants[name], name))
+        return name
+
+    def store_signed(self) -> None:
+        """Store codes of some sites as int8: code and zero point less 128 are the same values."""
+        for quantize in [node for node in self.graph.node if node.op_type == "QuantizeLinear"]:
+            if quantize.name not in self.signed_sites:
+                continue
+            chain = [quantize]
+            while chain[-1].op_type != "DequantizeLinear":
+                (following,) = self.readers(chain[-1].output[0])
+                chain.append(following)
+            for node in chain:
+                for i, name in enumerate(node.input):
+                    if i and name in self.constants and self.constants[name].dtype == np.uint8:
+                        less = (self.constants[name].astype(np.int16) - 128).astype(np.int8)
+                        node.input[i] = self._constant(f"{name}/int8", less)
+            self.signed.add(self.codes[quantize.name])
 
     def merge_twins(self) -> None:
         first: dict[tuple, str] = {}
         for node in list(self.graph.node):
             if node.op_type in SITE_OPERATORS:
                 values = (self.constants[i].tobytes() if i in self.constants else i for i in node.input[1:])
-                twin = first.setdefault((node.op_type, node.input[0], *values), node.output[0])
+                attributes = tuple(attribute.SerializeToString() for attribute in node.attribute)
+                twin = first.setdefault((node.op_type, node.input[0], *values, attributes), node.output[0])
                 if twin != node.output[0]:
                     self.remove(node, twin)
 
@@ -166,19 +287,24 @@ class _Rewriter:
         self.graph.initializer.extend(kept)
 
 
-def place(model: onnx.ModelProto, float_sites: set[str]) -> Artefact:
-    """The graph with some activation sites in float, in the form that engines fuse; no value changes otherwise."""
-    rewriter = _Rewriter(_copy(model), float_sites)
+def place(model: onnx.ModelProto, float_sites: set[str], signed_sites: set[str] = frozenset()) -> Artefact:
+    """The graph with some activation sites in float, in the form that engines fuse; no value changes otherwise.
+
+    Errors: NotExportable for ranges of each call at what is no linear layer.
+    """
+    rewriter = _Rewriter(_copy(model), float_sites, signed_sites)
     rewriter.drop_float_sites()
     rewriter.note_codes()
     rewriter.merge_twins()
+    rewriter.write_dynamic()
     rewriter.pools_on_codes()
     rewriter.activations_to_bounds()
     rewriter.drop_idle_clips()
+    rewriter.store_signed()
     rewriter.drop_unused_constants()
     del rewriter.graph.value_info[:]  # shapes before the rewrites; an engine infers its own
     onnx.checker.check_model(rewriter.model)
-    return Artefact(rewriter.model, rewriter.codes, rewriter.pools)
+    return Artefact(rewriter.model, rewriter.codes, frozenset(rewriter.signed), rewriter.pools)
 
 
 def _pooled(graph: onnx.GraphProto, codes: str, pool: onnx.NodeProto) -> str:

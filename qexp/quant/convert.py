@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -74,16 +74,18 @@ def quantize_(
     outputs: tuple[str, ...] = (),
     logits: str | None = None,
     shapes: Shapes | None = None,
+    in_float: Collection[str] = (),
 ) -> None:
     """Turn layers into their quantized counterparts, in place; `outputs` names those quantized at their output too.
 
-    `logits` names the layer whose output is quantized by `recipe.logits`. `shapes` (from `sites.site_shapes`) is needed
-    where activations have more than one stored scale. A layer stays the same object: its parameters, hooks and
-    state_dict keys survive. Errors: ValueError naming a layer that multiplies by weights
-    and has no quantized counterpart, blocks that do not fit, and patterns of `exclude` that match nothing.
+    `in_float` names layers that stay as they are, being none that an engine runs on integers. `logits` names the layer
+    whose output is quantized by `recipe.logits`. `shapes` (from `sites.site_shapes`) is needed where activations have
+    more than one stored scale. A layer stays the same object: its parameters, hooks and state_dict keys survive.
+    Errors: ValueError naming a layer that multiplies by weights and has no quantized counterpart, blocks that do not
+    fit, and patterns of `exclude` that match nothing.
     """
     refuse_unquantizable(model, recipe, shapes)
-    for name, module in list(targets(model, recipe)):
+    for name, module in [(name, module) for name, module in targets(model, recipe) if name not in in_float]:
         kind, sites = QUANTIZED[type(module)]
         module.__class__ = kind
         for site in sites:
@@ -149,7 +151,8 @@ def refuse_unquantizable(model: nn.Module, recipe: Recipe, shapes: Shapes | None
         if hasattr(module, "weight"):
             _require_blocks(f"{name}.weight", recipe.weight_of(name), module.weight.shape)
         for site in QUANTIZED[type(module)][1]:
-            if f"{name}.{site}" in (shapes or {}):
+            # Of linear layers only logits are quantized at the output, by one scale.
+            if f"{name}.{site}" in (shapes or {}) and (site != "output" or not isinstance(module, nn.Linear)):
                 scheme = recipe.activation_of(f"{name}.{site}", isinstance(module, MatMul))
                 _require_blocks(f"{name}.{site}", scheme, shapes[f"{name}.{site}"])
 

@@ -18,8 +18,10 @@ from qexp.quant.layers import Add, MatMul
 aten = torch.ops.aten
 CONVOLUTIONS = (aten.conv2d.default, aten.conv2d.padding)
 OTHER_CONVOLUTIONS = {
-    aten.conv1d.default: "conv1d", aten.conv1d.padding: "conv1d",
-    aten.conv3d.default: "conv3d", aten.conv3d.padding: "conv3d",
+    aten.conv1d.default: "conv1d",
+    aten.conv1d.padding: "conv1d",
+    aten.conv3d.default: "conv3d",
+    aten.conv3d.padding: "conv3d",
 }
 TRANSPOSED = {
     aten.conv_transpose1d.default: "conv_transpose1d", aten.conv_transpose2d.input: "conv_transpose2d",
@@ -134,6 +136,10 @@ class Dataflow:
             and self.layer(node) in quantized
             and not all(self.layer(reader) in quantized for reader in self._readers(node))
         ]
+
+    def linear_layers(self) -> list[str]:
+        """Linear layers, in the order of their calls."""
+        return [name for name in self.calls if isinstance(self.modules.get(name), nn.Linear)]
 
     def products(self) -> list[str]:
         """Modules that multiply two activations, in the order of their calls."""

@@ -124,14 +124,16 @@ class QuantMatMul(MatMul):
     """y = Q(a) Q(b): both operands are computed, as the queries and keys of attention are."""
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return self._by_token(self.a_quantizer, a) @ self._by_token(self.b_quantizer, b.mT).mT
+        return self._operand(self.a_quantizer, a) @ self._operand(self.b_quantizer, b, transposed=True)
 
     @staticmethod
-    def _by_token(quantizer: Quantizer, x: Tensor) -> Tensor:
-        """Q(x) of x (..., tokens, summed over), whose leading dimensions a granularity need not know."""
-        if quantizer.scheme.granularity == PerTensor():
+    def _operand(quantizer: Quantizer, x: Tensor, transposed: bool = False) -> Tensor:
+        """Q(x); tokens are rows of a and columns of b, whatever dimensions stand before."""
+        if not isinstance(quantizer, Quantizer) or quantizer.scheme.granularity == PerTensor():
             return quantizer(x)
-        return quantizer(x.reshape(-1, *x.shape[-2:])).view(x.shape)
+        rows = x.mT if transposed else x
+        values = quantizer(rows.reshape(-1, *rows.shape[-2:])).view(rows.shape)
+        return values.mT if transposed else values
 
 
 class QuantAdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):

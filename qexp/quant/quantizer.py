@@ -300,7 +300,7 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def prepare_export(self, x: Tensor | None = None) -> None:
         """Store what the ONNX file holds: scale and zero point, and of weights (x) the codes instead of values."""
-        if self.dynamic and self.scheme.dynamic_form:
+        if self.dynamic:  # nothing is stored
             return
         scale = self.product_scale
         if scale is None or (why := self.scheme.not_in_int8(self.is_weight)):
@@ -321,7 +321,8 @@ class Quantizer(nn.Module):
         if hasattr(self, "onnx_codes"):
             return onnx_form.dequantize(self.onnx_codes, self.onnx_scale, self.onnx_zero_point)
         if self.dynamic:
-            return onnx_form.quantize_dynamically(x, self.scheme.dynamic_form, getattr(self.scheme.granularity, "size", 0))
+            size = getattr(self.scheme.granularity, "size", 0)
+            return onnx_form.quantize_dynamically(x, self.scheme.dynamic_form or "none", size)
         bounds = self.onnx_lowest, self.onnx_highest
         return onnx_form.quantize_dequantize(x, self.onnx_scale, self.onnx_zero_point, bounds)
 
