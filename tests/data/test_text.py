@@ -103,7 +103,7 @@ def test_a_bad_number_of_hashes_is_named(size):
 def test_word_pieces_are_those_of_transformers(length):
     transformers = pytest.importorskip("transformers", reason="needs the extra minilm")
     folder = pretrained_folder("package", "tokenizer.json", group="data")
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs = transformers.BertTokenizer.from_pretrained(folder)
     texts = [text for _, text in docstrings(LIBRARY)][::20] + ["", " ", "Ünïcode 漢字 🙂"]
     ids, lengths = vocabulary("package").encode(texts, length)
     expected = theirs(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
@@ -305,6 +305,32 @@ def test_options_out_of_range_are_named():
             StdlibDocs(**options)
     with pytest.raises(ValueError, match="^data.calibration_size=3: must be .* 2, the number of training texts$"):
         Given(["a", "b", "c", "d"], ["x", "x", "y", "y"], calibration_size=3).setup()
+
+
+def test_mistakes_are_refused_before_torch_is_imported():
+    code = """if True:
+        import sys
+        from qexp.jobs import compose_jobs
+        from qexp.sections import ConfigError
+        for asked in sys.argv[1:]:
+            try:
+                compose_jobs(asked.split(), multirun=False)
+            except ConfigError as error:
+                print(error)
+        assert "torch" not in sys.modules"""
+    refused = {
+        "data=stdlib_docs data.length=1": "data.length=1: must be a whole number of at least 2",
+        "data=stdlib_docs data.per_class=1": "data.per_class=1: must be a whole number of at least 2",
+        "data=stdlib_docs data.too_long=cut": "data.too_long='cut': allowed are truncate, refuse",
+        "data=stdlib_docs data.train_share=1": "data.train_share=1: must be between 0.01 and 0.99",
+        "data=stdlib_docs data.vocabulary=conf": "data.vocabulary=conf: must be package, a folder that exists, or ",
+        "data=stdlib_docs +model.weights=conf": "model.weights=conf: must be package, a folder that exists, or owner/",
+        "data=text_csv": "data.path: a value must be given",
+        "data=text_csv data.path=3": "data.path=3: no such file; must name a csv or tsv file in UTF-8 whose first",
+    }
+    told = subprocess.run([sys.executable, "-c", code, *refused], capture_output=True, text=True, check=True, cwd="/")
+    for line, sentence in zip(told.stdout.splitlines(), refused.values(), strict=True):
+        assert line.startswith(sentence)
 
 
 @pytest.mark.parametrize("family", [StdlibDocs, TextCSV])
