@@ -8,6 +8,7 @@ import torch
 from omegaconf import OmegaConf
 
 from qexp import passes, prepare, smoothing
+from qexp.compare.differences import differences
 from qexp.jobs import compose_jobs
 from qexp.run import run
 from qexp.sections import ConfigError
@@ -164,3 +165,16 @@ def test_a_sweep_goes_through_none_fixed_and_searched():
     together = "hydra.sweeper.together=[[smoothing,smoothing.alpha]]"
     jobs = compose_jobs([*words, together], multirun=True)
     assert [len(job.settings.alphas) for job in jobs] == [0, 1, 11]
+
+
+def test_older_runs_stand_beside_newer_ones():
+    newer = {"seed": 0, "smoothing": {"name": "smoothquant", "alpha": 0.5}}
+    assert differences([{"seed": 0}, newer]) == {"smoothing": ["—", "smoothquant"]}
+    other = {"seed": 0, "smoothing": {"name": "smoothquant", "alpha": "search"}}
+    assert differences([newer, other]) == {"smoothing.alpha": ["0.5", "search"]}
+
+
+def test_the_oracle_has_a_scale_for_each_feature_of_all_tokens():
+    (job,) = compose_jobs(["granularity=per_feature_oracle"], multirun=False)
+    assert job.settings.recipe.activation.granularity.param_shape((1, 128, 384)) == (1, 1, 384)
+    assert "activations are" in job.settings.simulation_only
