@@ -68,7 +68,7 @@ def minilm(num_classes: int = 10, weights: str = "package", trains_head_alone: b
 
 def weight_file(weights: str) -> Path:
     """Where the weights lie, beside their config.json. Errors: ValueError for another file in the package."""
-    needed = next((name for name in FILES if (Path(weights) / name).is_file()), FILES[0])
+    needed = next((name for name in FILES if (Path(str(weights)) / name).is_file()), FILES[0])
     file = pretrained_folder(weights, needed) / needed
     if weights == "package":
         require_hash(file, PACKAGE_SHA256)

@@ -131,7 +131,7 @@ def refuse_unquantizable(model: nn.Module, recipe: Recipe, shapes: Shapes | None
         if isinstance(module, nn.MultiheadAttention):
             raise ValueError(
                 f"layer {name!r} is nn.MultiheadAttention, which computes past its own sub-modules: "
-                "write attention with nn.Linear, or exclude the layer"
+                "write attention with nn.Linear and MatMul, as qexp.models.encoder does, or exclude the layer"
             )
         matrices = [p for p in module.parameters(recurse=False) if p.dim() >= 2]
         # A module that holds others may own a parameter, such as the positions of a transformer.

@@ -318,6 +318,8 @@ def test_tensors_that_do_not_fit_are_refused(transformers, tmp_path, change, sen
 
 
 def test_a_folder_without_what_is_needed_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="^model.weights=None: must be package, a folder that exists, or owner/name"):
+        minilm(2, weights=None)
     with pytest.raises(ValueError, match=f"^model.weights={tmp_path}: .* no model.safetensors$"):
         minilm(2, weights=str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"damaged")
@@ -419,5 +421,5 @@ def test_the_configuration_spells_every_option_with_its_default(family):
 
 def test_attention_of_torch_is_refused_with_a_way_out():
     net = nn.Sequential(nn.TransformerEncoderLayer(8, 2))
-    with pytest.raises(ValueError, match="is nn.MultiheadAttention, .*write attention with nn.Linear, or exclude"):
+    with pytest.raises(ValueError, match="MultiheadAttention, .*write attention with nn.Linear and MatMul, .* or exclude"):
         refuse_unquantizable(net, RECIPE)
