@@ -29,7 +29,7 @@ usage: qexp outliers [--output FILE] [--config-dir DIR] [KEY=VALUE ...]
 
 KEY=VALUE is as in a run, and refused alike (qexp --help). The float network is that of a run, trained or from the
 cache, with BatchNorm folded and smoothed as asked for; the calibration data pass through it, and whatever arrives at a
-layer that can be quantized is a site. A channel is an outlier where its max|x| exceeds 6 standard deviations of the
+layer that a run quantizes is a site. A channel is an outlier where its max|x| exceeds 6 standard deviations of the
 site.
 
   --output FILE      FILE.png or FILE.svg: the channels of each site; the figures of all sites go to FILE.csv beside it
@@ -105,7 +105,7 @@ def _measured(job: Job) -> list[Outliers]:
 
     from qexp import caches, passes, prepare, smoothing
     from qexp.metrics.outliers import outliers
-    from qexp.quant.convert import fold_batchnorm_
+    from qexp.quant.convert import fold_batchnorm_, targets
     from qexp.report import terminal
     from qexp.run import trained
 
@@ -118,10 +118,12 @@ def _measured(job: Job) -> list[Outliers]:
     if settings.config["fold_batchnorm"]:
         fold_batchnorm_(model, found.flow)
     smoothing.smooth_(model, settings, found.data, found.flow, caches.sketch_cache(found.cache, settings))
+    quantized = {name for name, _ in targets(model, settings.recipe)}.difference(found.flow.normalized_additions())
     with terminal.stage("two passes over the calibration data") as update:
         loader = prepare.calibration_loader(found.data, settings.seed)
         with prepare.evaluating(model):
-            return outliers(model, found.flow.example, lambda: (x for x, _ in passes.counted(loader, update)))
+            inputs = lambda: (x for x, _ in passes.counted(loader, update))  # noqa: E731
+            return outliers(model, found.flow.example, inputs, quantized)
 
 
 def _show(sites: list[Outliers], path: Path, title: str) -> None:

@@ -12,7 +12,7 @@ with |x| >= 6 where x has passed a LayerNorm, and so these are counted beside.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -124,27 +124,32 @@ class Occurrences:
         self.of_any += int(found.any(1).sum())
 
 
-def outliers(model: nn.Module, example: Tensor, batches: Callable[[], Iterable[Tensor]]) -> list[Outliers]:
+def outliers(
+    model: nn.Module, example: Tensor, batches: Callable[[], Iterable[Tensor]], layers: Collection[str] | None = None
+) -> list[Outliers]:
     """Statistics of all sites where a float network would be quantized, in the order in which they are reached.
 
     `batches` gives the same inputs each time that it is called, which is twice: sigma is known after the first pass
-    alone. `example` is a batch of any size. Errors: ValueError for a site that is never reached, has NaN or infinity.
+    alone. `example` is a batch of any size. `layers` names those whose sites count, None: all that can be quantized.
+    Errors: ValueError for a site that is never reached, has NaN or infinity.
 
     >>> net, x = nn.Sequential(nn.Linear(2, 2)).eval(), torch.tensor([[0.0, 1.0], [0.0, -1.0]])
     >>> [(site.site, site.largest, site.kurtosis) for site in outliers(net, x, lambda: [x])]
     [('0.input', 1.0, 2.0)]
     """
-    groups = _same_tensor(model, example)
+    found = (name for name, layer in model.named_modules() if type(layer) in QUANTIZED)
+    names = [name for name in found if layers is None or name in layers]
+    groups = _same_tensor(model, names, example)
     moments = {sites[0]: Moments() for sites in groups}
-    _pass(model, batches, moments)
+    _pass(model, names, batches, moments)
     for site, seen in moments.items():
         if not seen.tokens:
             raise ValueError(f"{site}: no value to take statistics from")
         if not bool(seen.powers.isfinite().all()):
             raise ValueError(f"{site}: holds NaN or infinite values")
-    found = {site: Occurrences(SIGMAS * seen.sigma if seen.sigma else math.inf) for site, seen in moments.items()}
-    _pass(model, batches, found)
-    return [_told(sites, moments[sites[0]], found[sites[0]]) for sites in groups]
+    far = {site: Occurrences(SIGMAS * seen.sigma if seen.sigma else math.inf) for site, seen in moments.items()}
+    _pass(model, names, batches, far)
+    return [_told(sites, moments[sites[0]], far[sites[0]]) for sites in groups]
 
 
 def _told(sites: list[str], seen: Moments, found: Occurrences) -> Outliers:
@@ -164,18 +169,17 @@ def _told(sites: list[str], seen: Moments, found: Occurrences) -> Outliers:
 
 
 @contextmanager
-def _arriving(model: nn.Module, look: Callable[[str, nn.Module, Tensor], None]) -> Iterator[None]:
-    """Inside the block, call look(site, layer, tensor) for each tensor that arrives at a layer."""
+def _arriving(model: nn.Module, names: Iterable[str], look: Callable[[str, nn.Module, Tensor], None]) -> Iterator[None]:
+    """Inside the block, call look(site, layer, tensor) for each tensor that arrives at one of these layers."""
 
-    def watch(name: str, sites: tuple[str, ...]):
+    def watch(name: str):
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            for site, x in zip(sites, inputs, strict=False):
+            for site, x in zip(QUANTIZED[type(layer)][1], inputs, strict=False):
                 look(f"{name}.{site}", layer, x)
 
         return hook
 
-    layers = [(name, layer) for name, layer in model.named_modules() if type(layer) in QUANTIZED]
-    hooks = [layer.register_forward_pre_hook(watch(name, QUANTIZED[type(layer)][1])) for name, layer in layers]
+    hooks = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
     try:
         yield
     finally:
@@ -184,7 +188,7 @@ def _arriving(model: nn.Module, look: Callable[[str, nn.Module, Tensor], None]) 
 
 
 @torch.no_grad()
-def _same_tensor(model: nn.Module, example: Tensor) -> list[list[str]]:
+def _same_tensor(model: nn.Module, names: list[str], example: Tensor) -> list[list[str]]:
     """Sites that read one and the same tensor, in groups."""
     arrived: list[tuple[Tensor, list[str]]] = []  # tensors are kept, or another could take the place of one
 
@@ -195,20 +199,23 @@ def _same_tensor(model: nn.Module, example: Tensor) -> list[list[str]]:
         elif site not in sites:
             sites.append(site)
 
-    with _arriving(model, look):
+    with _arriving(model, names, look):
         model(example)
     return [sites for _, sites in arrived]
 
 
 @torch.no_grad()
 def _pass(
-    model: nn.Module, batches: Callable[[], Iterable[Tensor]], seen: dict[str, Moments] | dict[str, Occurrences]
+    model: nn.Module,
+    names: list[str],
+    batches: Callable[[], Iterable[Tensor]],
+    seen: dict[str, Moments] | dict[str, Occurrences],
 ) -> None:
     def look(site: str, layer: nn.Module, x: Tensor) -> None:
         if site in seen:
             seen[site].update(x.movedim(channel_axis(site, layer, x), -1).flatten(0, -2))
 
-    with _arriving(model, look):
+    with _arriving(model, names, look):
         for inputs in batches():
             model(inputs)
 

@@ -86,6 +86,12 @@ def test_sites_that_read_one_tensor_are_told_once():
     assert first.also == (f"{block}.key.input", f"{block}.value.input", f"{block}_add.b")
 
 
+def test_layers_that_are_not_asked_for_have_no_site():
+    net, key = bert_tiny_random(3, vocabulary=64).eval(), "encoder.layers.0.attention.key"
+    found = outliers(net, TEXTS[:1], lambda: [TEXTS], {"head", key})
+    assert [(site.site, site.also) for site in found] == [(f"{key}.input", ()), ("head.input", ())]
+
+
 def test_a_constant_site_has_no_outliers_and_what_is_not_finite_is_refused_by_its_name():
     net, x = nn.Sequential(nn.Linear(4, 4)).eval(), torch.full((3, 4), 0.1)
     (site,) = outliers(net, x, lambda: [x])
