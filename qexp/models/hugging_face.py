@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qexp.data.pretrained import pretrained_folder
 from qexp.models.encoder import TextClassifier
+from qexp.models.minilm import weight_file
 
 
 class IdsAlone(nn.Module):
@@ -48,7 +48,7 @@ def hugging_face_encoder(num_classes: int, weights: str, trains_head_alone: bool
     Traceback (most recent call last):
     ValueError: model.weights=/no/such: must be package, a folder that exists, or owner/name on the hub
     """
-    folder = pretrained_folder(weights, "model.safetensors")
+    folder = weight_file(weights, ("model.safetensors",)).parent
     try:
         from transformers import AutoModel
     except ImportError:

@@ -66,9 +66,9 @@ def minilm(num_classes: int = 10, weights: str = "package", trains_head_alone: b
     return TextClassifier(encoder, sizes["hidden"], num_classes, trains_head_alone)
 
 
-def weight_file(weights: str) -> Path:
-    """Where the weights lie, beside their config.json. Errors: ValueError for another file in the package."""
-    needed = next((name for name in FILES if (Path(str(weights)) / name).is_file()), FILES[0])
+def weight_file(weights: str, names: tuple[str, ...] = FILES) -> Path:
+    """Where the weights lie, in the first of these files that is there. Errors: ValueError for a changed package."""
+    needed = next((name for name in names if (Path(str(weights)) / name).is_file()), names[0])
     file = pretrained_folder(weights, needed) / needed
     if weights == "package":
         require_hash(file, PACKAGE_SHA256)
