@@ -21,6 +21,9 @@ def sqnr_db(signal_power: Tensor | float, noise_power: Tensor | float) -> float:
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 
+PIECE = 2**15
+
+
 class QuantizationNoise(Metric):
     """Noise of one site over a whole set, from float64 sums; never a mean of decibels.
 
@@ -39,9 +42,12 @@ class QuantizationNoise(Metric):
 
     def update(self, x: Tensor, quantized: Tensor, clipped: Tensor) -> None:
         """x and quantized of one shape; clipped is the number of values outside the representable range."""
-        x = x.double()
-        self.signal += x.square().sum()
-        self.noise += (x - quantized.double()).square().sum()
+        # Piece by piece, because copies in float64 of a whole activation would leave the caches.
+        for values, rounded in zip(x.reshape(-1).split(PIECE), quantized.reshape(-1).split(PIECE), strict=True):
+            values = values.double()
+            error = values - rounded.double()
+            self.signal += values @ values
+            self.noise += error @ error
         self.clipped += clipped
         self.count += x.numel()
 

@@ -215,7 +215,12 @@ class IntegerGrid(Grid):
         return (compiled if fast else affine).fake_quantize(x, qparams, self, rounding)
 
     def clipped(self, x: Tensor, qparams: QParams) -> Tensor:
-        codes = x / qparams.scale + qparams.zero_point
+        import torch
+
+        codes = (x / qparams.scale).add_(qparams.zero_point)
+        lowest, highest = codes.aminmax() if codes.numel() else (codes.sum(), codes.sum())
+        if lowest >= self.quant_min - 0.5 and highest <= self.quant_max + 0.5:
+            return codes.new_zeros((), dtype=torch.int64)
         return ((codes < self.quant_min - 0.5) | (codes > self.quant_max + 0.5)).sum()
 
     def levels(self, qparams: QParams) -> Tensor:
