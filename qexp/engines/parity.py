@@ -22,7 +22,9 @@ from qexp.quant.quantizer import Mode, Quantizer
 class Certificate:
     """Counts over every evaluated sample and every code of every activation site.
 
-    `steps[k]` counts codes that are k steps apart. `faithful` says whether the graph that also returns its codes
+    `steps[k]` counts codes that are k steps apart. Of `local_steps` the simulation was given the engine's own codes at
+    every site before: so it counts what one layer does, while in `steps` a difference grows from layer to layer; it is
+    taken over the first batch. `faithful` says whether the graph that also returns its codes
     gave the same outputs, to the bit, as the graph that is timed: only then do the codes speak for it.
     """
 
@@ -31,6 +33,7 @@ class Certificate:
     flips: int = 0
     faithful: bool = True
     steps: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
+    local_steps: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
     outputs: list[np.ndarray] = field(default_factory=list)
     signal: float = 0.0  # sums of squares: of the simulation's outputs, and of their differences from the engine's
     noise: float = 0.0
@@ -45,6 +48,8 @@ class Certificate:
                 "parity/off_by_one": float(self.steps[1] / total),
                 "parity/larger": float(self.steps[2:].sum() / total),
                 "parity/max_step": int(self.steps.nonzero()[0].max()),
+                "parity/local_identical": float(self.local_steps[0] / self.local_steps.sum()),
+                "parity/local_max_step": int(self.local_steps.nonzero()[0].max()),
             }
         return {
             **figures,
@@ -81,13 +86,16 @@ def _compare(certificate, sessions, artefact: Artefact, simulation: nn.Module, i
     certificate.faithful &= bool(np.array_equal(logits, echoed))
     simulated, expected = _simulate(simulation, images)
     by_tensor = {artefact.codes[site]: codes for site, codes in expected.items() if site in artefact.codes}
-    for tensor, codes in zip(artefact.code_tensors, engine_codes, strict=True):
-        unsigned = codes[:n].astype(np.uint8, copy=False) ^ np.uint8(128 if tensor in artefact.signed else 0)
-        stored = by_tensor[tensor][:n].numpy()
-        differ = unsigned != stored  # rarely, so that steps are counted of few
-        apart = np.abs(unsigned[differ].astype(np.int16) - stored[differ].astype(np.int16))
-        certificate.steps += np.bincount(apart, minlength=256)
-        certificate.steps[0] += differ.size - len(apart)
+    found = {
+        tensor: codes.astype(np.uint8, copy=False) ^ np.uint8(128 if tensor in artefact.signed else 0)
+        for tensor, codes in zip(artefact.code_tensors, engine_codes, strict=True)
+    }
+    for tensor, codes in found.items():
+        certificate.steps += _steps(codes[:n], by_tensor[tensor][:n].numpy())
+    if not certificate.samples:
+        _, local = _simulate(simulation, images, {site: found[tensor] for site, tensor in artefact.codes.items()})
+        for tensor, codes in {artefact.codes[site]: c for site, c in local.items() if site in artefact.codes}.items():
+            certificate.local_steps += _steps(found[tensor][:n], codes[:n].numpy())
     decisions = logits[:n].argmax(1)
     certificate.samples += n
     certificate.correct += int((decisions == labels.numpy()).sum())
@@ -98,6 +106,15 @@ def _compare(certificate, sessions, artefact: Artefact, simulation: nn.Module, i
     certificate.outputs.append(logits[:n].copy())
 
 
+def _steps(codes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """How many of two times as many codes, both uint8, are 0, 1, ... 255 steps apart."""
+    differ = codes != others  # rarely, so that steps are counted of few
+    apart = np.abs(codes[differ].astype(np.int16) - others[differ].astype(np.int16))
+    steps = np.bincount(apart, minlength=256)
+    steps[0] += differ.size - len(apart)
+    return steps
+
+
 def _padded(images: Tensor, size: int) -> Tensor:
     """Sessions are compiled for one batch size; the last batch repeats its first image up to it."""
     missing = size - len(images)
@@ -105,20 +122,27 @@ def _padded(images: Tensor, size: int) -> Tensor:
 
 
 @torch.no_grad()
-def _simulate(simulation: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def _simulate(
+    simulation: nn.Module, images: Tensor, given: dict[str, np.ndarray] | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits of the simulation and the codes of each of its active activation sites, stored as uint8.
 
-    A layer that runs twice has its sites twice, the second as "name.input#2", as in the graph.
+    A layer that runs twice has its sites twice, the second as "name.input#2", as in the graph. Codes that are `given`
+    are what each site passes on, whatever it computed.
     """
     codes: dict[str, Tensor] = {}
     calls: Counter[str] = Counter()
 
-    def record(quantizer: Quantizer, inputs: tuple[Tensor, ...]) -> None:
+    def record(quantizer: Quantizer, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         calls[quantizer.site] += 1
-        codes[numbered(quantizer.site, calls[quantizer.site])] = quantizer.stored_codes(inputs[0])
+        site = numbered(quantizer.site, calls[quantizer.site])
+        codes[site] = quantizer.stored_codes(inputs[0])
+        if given is None or site not in given or quantizer.dynamic:
+            return None
+        return quantizer.of_stored(torch.from_numpy(given[site])).view(output.shape)
 
     sites = [q for q in quantizers(simulation) if q.mode is Mode.QUANTIZE and not q.is_weight]
-    hooks = [quantizer.register_forward_pre_hook(record) for quantizer in sites]
+    hooks = [quantizer.register_forward_hook(record) for quantizer in sites]
     try:
         return simulation(images), codes
     finally:

@@ -185,6 +185,10 @@ class Quantizer(nn.Module):
         stored, shift = _storage(self.grid, self.is_weight)
         return (self.grid.stored(self.codes(x)) + shift).to(stored)
 
+    def of_stored(self, codes: Tensor) -> Tensor:
+        """The values of codes as the ONNX file stores them."""
+        return self.decoded(codes.float() - _storage(self.grid, self.is_weight)[1])
+
     def start_observing(self) -> None:
         """Look at what passes from now on; sites whose ranges are those of each call have nothing to look at."""
         self.mode = Mode.OFF if self.dynamic else Mode.OBSERVE

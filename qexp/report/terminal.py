@@ -43,6 +43,7 @@ if not output.is_terminal:
 
 LOG_EVERY_S = 20
 BEWARE = 0.01  # share of decisions in which engine and simulation may differ without a word
+LAYERS_AGREE = 0.999  # share of codes that are the same when each layer is given what the engine gave it
 
 Update = Callable[[int, int], None]  # called with what is done and what there is
 
@@ -184,6 +185,7 @@ def run_table(metrics: dict[str, Any], engines: list[str], title: str) -> Table:
     row("decided as fp32 does", lambda get: _share(get("agree/argmax")))
     row("SQNR of the logits", lambda get: _number(get("sqnr/output_db"), ".1f", " dB"))
     row("codes equal to the simulation", lambda get: _number(_percent(get("parity/identical")), ".4f", " %"))
+    row("the same, each layer by itself", lambda get: _number(_percent(get("parity/local_identical")), ".4f", " %"))
     row("largest step, flipped decisions", _parity_cell)
     row("multiply-accumulates in int8", lambda get: _share(get("int8/mac_coverage")))
     row("layers in float", lambda get: get("int8/island_names") or _number(get("int8/islands"), "d"))
@@ -240,7 +242,14 @@ def report(folder: Path, settings: Settings, look: str = "") -> None:
         flips = metrics.get(f"{name}/parity/argmax_flips", 0)
         if flips > BEWARE * samples:
             text = f"beware: {name} decides {flips} of {samples} samples otherwise than the simulation"
-            output.print(f"{text}: its figures are its own, the simulation does not explain them", markup=False)
+            local = metrics.get(f"{name}/parity/local_identical", 0.0)
+            why = "its figures are its own, the simulation does not explain them"
+            if local > LAYERS_AGREE:
+                why = (
+                    f"layer by layer {100 * local:.4f} % of codes are the same, and what differs grows on the way "
+                    "through the network"
+                )
+            output.print(f"{text}: {why}", markup=False)
     title = settings.label
     if settings.method != "fp32":
         title += f"\nweights {settings.recipe.weight}\nactivations {settings.recipe.activation}"

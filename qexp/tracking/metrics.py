@@ -17,6 +17,8 @@ METRICS = {
     "parity/larger": "share of codes further apart",
     "parity/max_step": "largest distance of two codes",
     "parity/codes": "number of codes compared",
+    "parity/local_identical": "the same where every layer is given the engine's own codes, over the first batch",
+    "parity/local_max_step": "largest distance then",
     "parity/output_sqnr_db": "SQNR of the engine's logits against those of the simulation",
     "parity/argmax_flips": "samples that engine and simulation decide differently",
     "parity/faithful": "whether the graph that shows its codes equals the timed one to the bit",
