@@ -49,7 +49,7 @@ class StdlibDocs(TextDataModule):
         self.per_class = require_whole("per_class", per_class, minimum=2)
         self.most_per_class = most_per_class
         if most_per_class is not None:
-            require_whole("most_per_class", most_per_class, minimum=per_class)
+            require_whole("most_per_class", most_per_class, minimum=2)
 
     def read(self) -> tuple[list[str], list[str]]:
         """The texts and their modules, in the order of module, file and line."""

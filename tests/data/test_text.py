@@ -299,7 +299,7 @@ def test_options_out_of_range_are_named():
         ({"length": 1}, "data.length=1: must be a whole number of at least 2"),
         ({"too_long": "cut"}, "data.too_long='cut': allowed are truncate, refuse"),
         ({"train_share": 1}, "data.train_share=1: must be between 0.01 and 0.99"),
-        ({"most_per_class": 5}, "data.most_per_class=5: must be a whole number of at least 50"),
+        ({"most_per_class": 1}, "data.most_per_class=1: must be a whole number of at least 2"),
     ]:
         with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
             StdlibDocs(**options)
