@@ -63,14 +63,19 @@ def sketch_cache(float_network: TensorCache, settings: Settings) -> TensorCache:
     return TensorCache(float_network.root.parent / "sketch", determined_by, "calibrate again")
 
 
-def smoothing_cache(sketches: TensorCache, rows: int) -> TensorCache:
-    """The place of what SmoothQuant needs to know of a float network whose sketches are in that cache."""
-    determined_by = {"sketches": sketches.determined_by, "rows": rows, "sources": _source_hashes(smoothquant.smooth_)}
+def smoothing_cache(sketches: TensorCache, layers: list[str], rows: int) -> TensorCache:
+    """The place of what SmoothQuant needs to know of these layers' inputs, in the float network of the sketches."""
+    determined_by = {
+        "sketches": sketches.determined_by,
+        "layers": layers,
+        "rows": rows,
+        "sources": _source_hashes(smoothquant.smooth_),
+    }
     return TensorCache(sketches.root.parent / "smoothing", determined_by, "look again")
 
 
 def smoothed_sketches(sketches: TensorCache, alphas: dict[str, float], settings: Settings) -> TensorCache:
-    """The place of the sketches of a network after SmoothQuant, by the alpha of each norm."""
+    """The place of the sketches of a network after SmoothQuant, by the alpha of each group, named by its first layer."""
     determined_by = {
         "sketches": sketches.determined_by,
         "alphas": alphas,

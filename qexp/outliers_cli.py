@@ -85,18 +85,14 @@ def _names(settings: Settings) -> tuple[str, str]:
 
 
 def _default_path(job: Job) -> Path:
-    words = [*_names(job.settings), *_smoothed(job.settings)]
+    words = filter(None, [*_names(job.settings), job.settings.smoothed])
     return job.outputs / "outliers" / re.sub(r"[^A-Za-z0-9_.+-]+", "_", "-".join(words)) / "outliers.png"
-
-
-def _smoothed(settings: Settings) -> list[str]:
-    return [f"alpha={settings.config['smoothing']['alpha']}"] if settings.alphas else []
 
 
 def _title(settings: Settings) -> str:
     model, data = _names(settings)
     told = f"{model}: activations on calibration data of {data}"
-    return ", ".join([told, *_smoothed(settings), f"seed {settings.seed}"])
+    return ", ".join(filter(None, [told, settings.smoothed, f"seed {settings.seed}"]))
 
 
 def _measured(job: Job) -> list[Outliers]:

@@ -19,9 +19,11 @@ def smoothing_alphas(plain: dict[str, Any]) -> tuple[float, ...]:
     """The migration strengths to choose from: none where nothing is smoothed, one where it is given."""
     section, method = plain["smoothing"], plain["method"]["name"]
     for key in section:
-        if key not in ("name", "alpha", "candidates"):
-            raise ConfigError(f"smoothing.{key}: no such key; allowed are name, alpha, candidates")
+        if key not in ("name", "alpha", "explicit", "candidates"):
+            raise ConfigError(f"smoothing.{key}: no such key; allowed are name, alpha, explicit, candidates")
     name, alpha, candidates = (section.get(key) for key in ("name", "alpha", "candidates"))
+    if not isinstance(section.get("explicit", False), bool):
+        raise ConfigError(f"smoothing.explicit={section['explicit']!r}: allowed are True, False")
     if not isinstance(name, str):
         raise ConfigError(f"smoothing.name={name!r}: must be a name")
     if alpha is None:

@@ -21,6 +21,7 @@ from qexp.models import spread
 from qexp.quant.convert import refuse_unquantizable
 from qexp.quant.dataflow import Dataflow, NotExportable, additions_to_modules
 from qexp.quant.granularity import PerTensor
+from qexp.quant.layers import Add
 from qexp.quant.recipe import Recipe
 from qexp.quant.sites import site_shapes
 from qexp.report import terminal
@@ -139,18 +140,24 @@ def ready(settings: Settings) -> tuple[pl.LightningDataModule, nn.Module, list[E
     _require_shareable(config, net, data)
     if settings.finetune is not None:
         _require_optimizer(settings)
-    if settings.alphas and not any(isinstance(module, nn.LayerNorm) for module in net.modules()):
-        name = config["smoothing"]["name"]
-        raise ConfigError(f"smoothing={name}: {type(net).__name__} has no LayerNorm to smooth behind; choose none")
+    kind, lacking = (
+        (nn.Linear, "linear layer") if settings.smooths_all else (nn.LayerNorm, "LayerNorm to smooth behind")
+    )
+    if settings.alphas and not any(isinstance(module, kind) for module in net.modules()):
+        raise ConfigError(
+            f"smoothing={config['smoothing']['name']}: {type(net).__name__} has no {lacking}; choose none"
+        )
     if settings.method != "fp32" or settings.flatness:
         calibration_loader(data, settings.seed)
-        shapes = None
+        shapes, in_float = None, ()
         if recipe.activation.granularity != PerTensor():
-            require_logits(net, example_images(data), data.num_classes)
+            images = example_images(data)
+            require_logits(net, images, data.num_classes)
             with evaluating(net):
-                shapes = site_shapes(net, example_images(data))
+                shapes = site_shapes(net, images)
+                in_float = _normalized_additions(net, images)
         try:
-            refuse_unquantizable(_with_additions(net, data, recipe), recipe, shapes)
+            refuse_unquantizable(_with_additions(net, data, recipe), recipe, shapes, in_float)
         except ValueError as error:
             raise ConfigError(blamed(error)) from None
     return data, net, engines
@@ -173,6 +180,16 @@ def _require_optimizer(settings: Settings) -> None:
         raise ConfigError(f"finetune.optimizer: {type(optimizer).__name__} is no torch.optim.Optimizer")
     if plan.scheduler is not None:
         plan.scheduler(optimizer, **plan.scheduler.offered(T_max=1, total_steps=1))
+
+
+def _normalized_additions(net: nn.Module, images: Tensor) -> list[str]:
+    """Additions that stay in float, of a network that may have some."""
+    if not any(isinstance(module, Add) for module in net.modules()):
+        return []
+    try:
+        return Dataflow(net, images).normalized_additions()
+    except NotExportable as error:
+        raise ConfigError(f"model: {error}") from None
 
 
 def _with_additions(net: nn.Module, data: pl.LightningDataModule, recipe: Recipe) -> nn.Module:

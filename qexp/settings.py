@@ -50,6 +50,16 @@ class Settings:
         return self.config["flatness"]
 
     @property
+    def smooths_all(self) -> bool:
+        """Whether SmoothQuant serves linear layers, too, that no LayerNorm feeds."""
+        return self.config["smoothing"].get("explicit", False)
+
+    @property
+    def smoothed(self) -> str:
+        """How activations are smoothed, in short; empty where they stay as they are."""
+        return f"alpha={self.config['smoothing']['alpha']}{' explicit' * self.smooths_all}" if self.alphas else ""
+
+    @property
     def simulation_only(self) -> str | None:
         """Why no int8 engine can run this; None where one can."""
         return self.recipe.simulation_only if self.config["fold_batchnorm"] else UNFOLDED
@@ -65,7 +75,7 @@ class Settings:
         bits += "*" if recipe.layers else ""  # not in all layers
         if self.method == "fp32":
             return f"{choice} fp32 s{self.seed}"
-        smoothed = f" alpha={self.config['smoothing']['alpha']}" if self.alphas else ""
+        smoothed = f" {self.smoothed}" if self.smoothed else ""
         tuned = "" if self.finetune is None else f" {self.config['finetune']['name']}"
         schemes = f"{recipe.weight.granularity} {recipe.activation.calibration}"
         return f"{choice} {bits} {schemes}{smoothed}{tuned} s{self.seed}"

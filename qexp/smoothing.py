@@ -12,7 +12,7 @@ from torch import nn
 
 from qexp import caches, prepare
 from qexp.quant.dataflow import Dataflow, additions_to_modules
-from qexp.quant.smoothquant import Group, Seen, Smoothed, find_groups, observing_norms
+from qexp.quant.smoothquant import Group, Seen, Smoothed, find_groups, observing_inputs
 from qexp.quant.smoothquant import smooth_ as smooth_groups_
 from qexp.report import terminal
 from qexp.sections import ConfigError
@@ -22,7 +22,7 @@ from qexp.store import TensorCache
 ROWS = 1024  # tokens that a search compares on
 SAME = 1e-3  # of the largest logit: float32 rounds otherwise, a scale that was missed is far more
 COLUMNS = (
-    "norm", "layers", "alpha", "largest_scale", "outliers_before", "outliers_after", "sqnr_db", "reason",
+    "source", "layers", "how", "alpha", "largest_scale", "outliers_before", "outliers_after", "sqnr_db", "reason",
 )  # fmt: skip
 
 
@@ -34,12 +34,14 @@ def require_groups(net: nn.Module, flow: Dataflow, settings: Settings) -> None:
 
 
 def _groups(net: nn.Module, flow: Dataflow, settings: Settings) -> tuple[list[Group], list[Smoothed]]:
-    groups, others = find_groups(net, flow)
+    groups, others = find_groups(net, flow, settings.smooths_all)
     if not groups:
-        why = next((f" ({row.norm}: {row.reason})" for row in others if row.norm), "")
+        why = next((f" ({row.source}: {row.reason})" for row in others if row.source), "")
+        lacking = (
+            "linear layer of its own" if settings.smooths_all else "LayerNorm that feeds linear layers and nothing else"
+        )
         raise ConfigError(
-            f"smoothing={settings.config['smoothing']['name']}: {type(net).__name__} has no LayerNorm that feeds "
-            f"linear layers and nothing else{why}; choose none"
+            f"smoothing={settings.config['smoothing']['name']}: {type(net).__name__} has no {lacking}{why}; choose none"
         )
     return groups, others
 
@@ -56,7 +58,8 @@ def smooth_(
         return []
     groups, others = _groups(model, flow, settings)
     searches = len(settings.alphas) > 1
-    seen = _seen(model, groups, settings, data, caches.smoothing_cache(sketches, ROWS if searches else 0))
+    cache = caches.smoothing_cache(sketches, [group.layers[0] for group in groups], ROWS if searches else 0)
+    seen = _seen(model, groups, settings, data, cache)
     with torch.no_grad(), prepare.evaluating(model):
         before = model(flow.example)
         with terminal.stage("smoothing: a search for alpha" if searches else "smoothing"):
@@ -77,8 +80,8 @@ def _seen(
 ) -> dict[str, Seen]:
     """What one pass over the calibration data shows, or has shown before."""
     rows = ROWS if len(settings.alphas) > 1 else 0
-    with cache.lock(), prepare.evaluating(model), observing_norms(model, groups, rows) as seen:
-        buffers = {f"{norm}: {name}": b for norm, one in seen.items() for name, b in one.named_buffers()}
+    with cache.lock(), prepare.evaluating(model), observing_inputs(model, groups, rows) as seen:
+        buffers = {f"{layer}: {name}": b for layer, one in seen.items() for name, b in one.named_buffers()}
         if (state := cache.load()) is None:
             loader = prepare.calibration_loader(data, settings.seed)
             with terminal.stage("smoothing: a pass over the calibration data") as update:
@@ -94,7 +97,7 @@ def _seen(
 
 def sketches_of(sketches: TensorCache, rows: list[Smoothed], settings: Settings) -> TensorCache:
     """Where sketches of a smoothed network are: others than those of the network before."""
-    alphas = {row.norm: row.alpha for row in rows if row.alpha is not None}
+    alphas = {row.layers[0]: row.alpha for row in rows if row.alpha is not None}
     return caches.smoothed_sketches(sketches, alphas, settings) if alphas else sketches
 
 
@@ -113,7 +116,7 @@ def table(rows: list[Smoothed]) -> tuple[list[str], list[list[Any]]]:
     columns = [*COLUMNS, *(f"sqnr_db_alpha_{alpha:g}" for alpha in candidates)]
     return columns, [
         [
-            row.norm, ", ".join(row.layers), row.alpha, row.largest, *(row.outliers or (None, None)),
+            row.source, ", ".join(row.layers), row.how, row.alpha, row.largest, *(row.outliers or (None, None)),
             row.sqnr_db.get(row.alpha), row.reason, *(row.sqnr_db.get(alpha) for alpha in candidates),
         ]
         for row in rows

@@ -73,7 +73,8 @@ def test_a_run_is_smoothed_tells_how_and_loses_less(outputs):
     assert smooth.metrics["acc/fp32"] == plain.metrics["acc/fp32"]
     assert smooth.metrics["sqnr/output_db"] > plain.metrics["sqnr/output_db"] + 1
     group, *others = rows(smooth)
-    assert (group["norm"], group["layers"], group["alpha"], group["reason"]) == ("norm", "up", "0.5", "")
+    assert (group["source"], group["layers"], group["how"]) == ("norm", "up", "folded into norm")
+    assert (group["alpha"], group["reason"]) == ("0.5", "")
     assert float(group["outliers_before"]) > 2 * float(group["outliers_after"]) > 0
     assert [(row["layers"], row["reason"]) for row in others] == [
         ("embed", "fed by the input of the model, and not by a LayerNorm"),
@@ -86,11 +87,11 @@ def test_a_run_is_smoothed_tells_how_and_loses_less(outputs):
 def test_a_search_tells_every_candidate_and_looks_once(outputs, monkeypatch):
     chosen = ["smoothing=smoothquant_search", "smoothing.candidates=[0.1,0.6,0.9]"]
     job = start(outputs, *chosen)
-    group = rows(job)[0]
-    sqnr = {alpha: float(group[f"sqnr_db_alpha_{alpha}"]) for alpha in ("0.1", "0.6", "0.9")}
-    assert group["alpha"] == max(sqnr, key=sqnr.get)
-    assert float(group["sqnr_db"]) == max(sqnr.values())
-    assert job.metrics["smoothing/alpha"] == float(group["alpha"])
+    for group in rows(job):
+        sqnr = {alpha: float(group[f"sqnr_db_alpha_{alpha}"]) for alpha in ("0.1", "0.6", "0.9")}
+        assert group["alpha"] == max(sqnr, key=sqnr.get)
+        assert float(group["sqnr_db"]) == max(sqnr.values())
+    assert job.metrics["smoothing/alpha"] == pytest.approx(sum(float(row["alpha"]) for row in rows(job)) / 4)
 
     def never(*_):
         raise AssertionError("a pass over the calibration data")
@@ -101,6 +102,19 @@ def test_a_search_tells_every_candidate_and_looks_once(outputs, monkeypatch):
     assert again.smoothed == job.quantized.smoothed
     state, before = again.state_dict(), job.quantized.state_dict()
     assert all(torch.equal(state[name], before[name]) for name in before)
+
+
+def test_all_linear_layers_are_smoothed_where_that_is_asked_for(outputs):
+    paper, every = start(outputs, "smoothing=smoothquant"), start(outputs, "smoothing=smoothquant_all")
+    assert (every.metrics["smoothing/groups"], every.metrics["smoothing/skipped"]) == (4, 0)
+    told = [(row["layers"], row["how"], row["alpha"]) for row in rows(every)]
+    assert told[0] == ("up", "folded into norm", "0.8")
+    assert told[1:] == [(name, "multiplied in front", "0.8") for name in ("embed", "down", "head")]
+    assert every.settings.label == "Net W8A8 per_channel minmax alpha=0.8 explicit s0"
+    assert [name for name in every.quantized.state_dict() if name.endswith("factor")] == [
+        "embed.factor", "down.factor", "head.factor",
+    ]  # fmt: skip
+    assert paper.metrics["acc/fp32"] == every.metrics["acc/fp32"]
 
 
 def test_sketches_of_other_alphas_are_others(outputs):
@@ -122,11 +136,12 @@ def test_training_through_quantizers_goes_on_from_the_smoothed_network(outputs):
 
 
 REFUSED = {
-    "smoothing=foo": "smoothing=foo: no such option; allowed are none, smoothquant, smoothquant_search",
+    "smoothing=foo": "smoothing=foo: no such option; allowed are none, smoothquant, smoothquant_all, smoothquant_search",
     "smoothing.alpha=0.5": "smoothing.alpha=0.5: smoothing=none has none; choose smoothing=smoothquant",
     "smoothing=smoothquant smoothing.alpha=1.5": "smoothing.alpha=1.5: must be a number from 0 to 1, search",
     "smoothing=smoothquant smoothing.alpha=much": "smoothing.alpha='much': must be a number from 0 to 1, search",
-    "smoothing=smoothquant +smoothing.beta=1": "smoothing.beta: no such key; allowed are name, alpha, candidates",
+    "smoothing=smoothquant +smoothing.beta=1": "smoothing.beta: no such key; allowed are name, alpha, explicit, candidates",
+    "smoothing=smoothquant smoothing.explicit=1": "smoothing.explicit=1: allowed are True, False",
     "smoothing=smoothquant +smoothing.candidates=[0.1]": "smoothing.candidates=[0.1]: are for smoothing.alpha=search",
     "smoothing=smoothquant_search smoothing.candidates=[0.1]": "must be a list of at least two different numbers",
     "smoothing=smoothquant_search smoothing.candidates=[0.1,2]": "must be a list of at least two different numbers",

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from qexp.quant.convert import QUANTIZED
 from qexp.quant.granularity import features_axis
-from qexp.quant.layers import MatMul
+from qexp.quant.layers import MatMul, ScaledLinear
 
 SIGMAS = 6.0  # from where on a value counts as an outlier
 MAGNITUDE = 6.0  # the same in LLM.int8(), which has no sigma in it
@@ -175,6 +175,8 @@ def _arriving(model: nn.Module, names: Iterable[str], look: Callable[[str, nn.Mo
     def watch(name: str):
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             for site, x in zip(QUANTIZED[type(layer)][1], inputs, strict=False):
+                if isinstance(layer, ScaledLinear):
+                    x = x * layer.factor  # what is quantized
                 look(f"{name}.{site}", layer, x)
 
         return hook

@@ -22,6 +22,8 @@ from qexp.quant.layers import (
     QuantConv2d,
     QuantLinear,
     QuantMatMul,
+    QuantScaledLinear,
+    ScaledLinear,
 )
 from qexp.quant.observers import Observer, State
 from qexp.quant.quantizer import Mode, Quantizer
@@ -33,6 +35,7 @@ Shapes = dict[str, tuple[int, ...]]  # site -> shape of what arrives there, the 
 QUANTIZED: dict[type, tuple[type, tuple[str, ...]]] = {
     nn.Conv2d: (QuantConv2d, ("input", "output")),
     nn.Linear: (QuantLinear, ("input", "output")),
+    ScaledLinear: (QuantScaledLinear, ("input", "output")),
     Add: (QuantAdd, ("a", "b", "output")),
     MatMul: (QuantMatMul, ("a", "b")),
     nn.AdaptiveAvgPool2d: (QuantAdaptiveAvgPool2d, ("input",)),
@@ -84,7 +87,7 @@ def quantize_(
     Errors: ValueError naming a layer that multiplies by weights and has no quantized counterpart, blocks that do not
     fit, and patterns of `exclude` that match nothing.
     """
-    refuse_unquantizable(model, recipe, shapes)
+    refuse_unquantizable(model, recipe, shapes, in_float)
     for name, module in [(name, module) for name, module in targets(model, recipe) if name not in in_float]:
         kind, sites = QUANTIZED[type(module)]
         module.__class__ = kind
@@ -118,7 +121,9 @@ def targets(model: nn.Module, recipe: Recipe) -> Iterator[tuple[str, nn.Module]]
     return ((name, module) for name, module in named if type(module) in QUANTIZED and not recipe.excludes(name))
 
 
-def refuse_unquantizable(model: nn.Module, recipe: Recipe, shapes: Shapes | None = None) -> None:
+def refuse_unquantizable(
+    model: nn.Module, recipe: Recipe, shapes: Shapes | None = None, in_float: Collection[str] = ()
+) -> None:
     """Raise ValueError for what `quantize_` could not do, naming the layer; costs no compute."""
     names = [name for name, _ in model.named_modules() if name]
     for key, patterns in ("exclude", recipe.exclude), ("layers", [pattern for pattern, _ in recipe.layers]):
@@ -141,7 +146,7 @@ def refuse_unquantizable(model: nn.Module, recipe: Recipe, shapes: Shapes | None
                 f"layer {name!r} is a {type(module).__name__}, which has weights but no quantized counterpart: "
                 f"exclude it, or use one of {', '.join(kind.__name__ for kind in QUANTIZED)}"
             )
-    found = list(targets(model, recipe))
+    found = [(name, module) for name, module in targets(model, recipe) if name not in in_float]
     if not any(hasattr(module, "weight") for _, module in found):
         if recipe.exclude:
             raise ValueError(f"exclude={list(recipe.exclude)}: leaves no layer of {type(model).__name__} to quantize")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from qexp.quant.layers import Add, MatMul
+from qexp.quant.layers import Add, MatMul, ScaledLinear
 
 aten = torch.ops.aten
 CONVOLUTIONS = (aten.conv2d.default, aten.conv2d.padding)
@@ -170,15 +170,28 @@ class Dataflow:
             if node.target in PRODUCTS:
                 name = self.layer(node)
                 sites = ("a", "b") if isinstance(self.modules.get(name), MatMul) else ("input",)
-                found |= {f"{name}.{s}" for s, source in zip(sites, node.args, strict=False) if _one_sided(source)}
+                found |= {f"{name}.{s}" for s, source in zip(sites, node.args, strict=False) if self._one_sided(source)}
         return found
+
+    def _one_sided(self, source: fx.Node) -> bool:
+        while isinstance(source, fx.Node) and (source.target in MOVES or self._keeps_signs(source)):
+            source = source.args[0]
+        return isinstance(source, fx.Node) and source.target in ONE_SIDED
+
+    def _keeps_signs(self, node: fx.Node) -> bool:
+        """Whether a node multiplies by a parameter or buffer of which no element is below 0."""
+        if node.target is not aten.mul.Tensor or not isinstance(node.args[1], fx.Node):
+            return False
+        signature, name = self.program.graph_signature, node.args[1].name
+        stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}.get(name)
+        return stored is not None and bool((self.program.state_dict[stored] >= 0).all())
 
     def logits_layer(self) -> str | None:
         """The layer whose output, with nothing in between, is the output of the model."""
         (output,) = (node for node in self.program.graph.nodes if node.op == "output")
         source = output.args[0][0]
         name = self.layer(source) if isinstance(source, fx.Node) else ""
-        return name if type(self.modules.get(name)) in (nn.Conv2d, nn.Linear) else None
+        return name if type(self.modules.get(name)) in (nn.Conv2d, nn.Linear, ScaledLinear) else None
 
     def _readers(self, node: fx.Node) -> list[fx.Node]:
         found: list[fx.Node] = []
@@ -224,12 +237,6 @@ def _macs(node: fx.Node) -> int:
     outputs = math.prod(int(n) for n in node.meta["val"].shape[1:])
     by_weight = node.target in (*CONVOLUTIONS, *OTHER_CONVOLUTIONS, aten.linear.default)
     return outputs * math.prod(int(n) for n in (second[1:] if by_weight else first[-1:]))
-
-
-def _one_sided(source: fx.Node) -> bool:
-    while isinstance(source, fx.Node) and source.target in MOVES:
-        source = source.args[0]
-    return isinstance(source, fx.Node) and source.target in ONE_SIDED
 
 
 def _source(node: fx.Node) -> str:

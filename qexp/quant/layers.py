@@ -49,6 +49,28 @@ class MatMul(nn.Module):
         return a @ b
 
 
+class ScaledLinear(nn.Linear):
+    """y = (f x) W^T + b, each feature of x multiplied by its own factor (C,) first, as smoothing leaves it.
+
+    Its buffer `factor` is given to a layer that is there: see `multiply_in_front_`.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * self.factor)
+
+
+def multiply_in_front_(layer: nn.Linear, factor: Tensor) -> None:
+    """Turn a linear layer into y = (f x) W^T + b, in place; its own parameters stay.
+
+    >>> layer = nn.Linear(2, 1, bias=False)
+    >>> multiply_in_front_(layer, torch.tensor([2.0, 0.0]))
+    >>> torch.equal(layer(torch.ones(1, 2)), layer.weight[:, :1] * 2)
+    True
+    """
+    layer.__class__ = ScaledLinear
+    layer.register_buffer("factor", factor)
+
+
 class Int32:
     """The grid of a bias. Accumulators add up to |code| + K 255 127, so a quarter of the range is used."""
 
@@ -102,6 +124,10 @@ class QuantLinear(nn.Linear):
         bias = self.bias_quantizer(self.bias, self.input_quantizer, self.weight_quantizer)
         y = F.linear(self.input_quantizer(x), self.weight_quantizer(self.weight), bias)
         return self.output_quantizer(y)
+
+
+class QuantScaledLinear(ScaledLinear, QuantLinear):
+    """y = Q(f x) Q(W)^T + Q(b), then Q(y) where an engine needs it: what is quantized is what was multiplied."""
 
 
 class QuantConv2d(nn.Conv2d):

@@ -6,8 +6,10 @@ arXiv 2211.10438):
 
 Y = (X diag(s)^-1) (diag(s) W) = X' W',   s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)        (eq. 3 and 4)
 
-1/s goes into the LayerNorm that writes X, s into the columns of all linear layers that read it. Where a residual
-connection reads X, too, as in every encoder with the norm behind the sum, its `Add` multiplies by s.
+s goes into the columns of all linear layers that read X, and 1/s into the LayerNorm that writes it. Where a residual
+connection reads X, too, as in every encoder with the norm behind the sum, its `Add` multiplies by s. Further than the
+paper goes what is done on demand: attention mixes tokens and no channels, X = P V, so that 1/s of its output layer goes
+into the rows of the layer that makes V; and any other linear layer, as behind GELU, multiplies X by 1/s itself.
 """
 
 from __future__ import annotations
@@ -15,14 +17,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from qexp.quant.dataflow import ADDITIONS, Dataflow, aten
-from qexp.quant.layers import Add
+from qexp.quant.calibration import MinMax
+from qexp.quant.dataflow import ADDITIONS, MOVES, Dataflow, aten
+from qexp.quant.layers import Add, multiply_in_front_
 from qexp.quant.observers import RowSample
 from qexp.quant.quantizer import Mode, Quantizer
 from qexp.quant.recipe import Recipe, Scheme
@@ -41,26 +44,41 @@ BENT = (  # f(x / s) is no f(x) times anything
     aten.gelu.default, aten.silu.default, aten.tanh.default, aten.sigmoid.default, aten.softmax.int,
     aten.hardtanh.default,
 )  # fmt: skip
+# P V: a product whose operand of that place has tokens as rows and channels as columns.
+ATTENDING = {
+    aten.matmul.default: 1, aten.bmm.default: 1, aten.scaled_dot_product_attention.default: 2,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Group:
-    """A LayerNorm, all linear layers that read what it writes, and the sides ("add.a") of additions that do, too."""
+    """Linear layers that read one tensor X, what takes 1/s, and the sides ("add.a") of additions that read X, too.
 
-    norm: str
+    `source` is a LayerNorm or the linear layer that makes the values of attention; where it is "", the one layer of the
+    group multiplies by 1/s itself.
+    """
+
+    source: str
     layers: tuple[str, ...]
     sides: tuple[str, ...] = ()
+
+    @property
+    def how(self) -> str:
+        """Where 1/s has gone."""
+        return f"folded into {self.source}" if self.source else "multiplied in front"
 
 
 @dataclass(frozen=True)
 class Smoothed:
     """What has become of a group, or of a layer that is in none: then `reason` says why, and figures are None.
 
-    `largest` is the largest s; `outliers` is max|X_j| over its median before and after; `sqnr_db` has the candidates.
+    `how` is where 1/s has gone; `largest` is the largest s; `outliers` is max|X_j| over its median before and after;
+    `sqnr_db` has the candidates.
     """
 
-    norm: str
+    source: str
     layers: tuple[str, ...]
+    how: str = ""
     alpha: float | None = None
     largest: float | None = None
     outliers: tuple[float, float] | None = None
@@ -69,24 +87,30 @@ class Smoothed:
 
 
 class Seen(nn.Module):
-    """What a calibration pass saw of a norm's output: max|X_j| of each channel (C,) and, where wanted, some tokens.
+    """What a calibration pass saw of X: extremes of each channel (2, C) and, where wanted, some tokens.
 
-    >>> seen = Seen(2); seen.update(torch.tensor([[1.0, -4.0], [-2.0, 3.0]])); seen.largest
-    tensor([2., 4.])
+    >>> seen = Seen(2); seen.update(torch.tensor([[1.0, -4.0], [2.0, 3.0]])); seen.extremes, seen.largest
+    (tensor([[ 1., -4.],
+            [ 2.,  3.]]), tensor([2., 4.]))
     """
 
     def __init__(self, channels: int, rows: int = 0) -> None:
         super().__init__()
-        self.register_buffer("largest", torch.zeros(channels))
+        self.register_buffer("extremes", torch.tensor([[math.inf], [-math.inf]]).repeat(1, channels))
         self.sample = RowSample(channels, rows) if rows else None
+
+    @property
+    def largest(self) -> Tensor:
+        """max|X_j| of each channel (C,)."""
+        return self.extremes.abs().amax(0)
 
     def update(self, x: Tensor) -> None:
         """Take in tokens (..., C). Errors: ValueError for NaN or infinity."""
-        x = x.detach().float().reshape(-1, len(self.largest))
-        largest = x.abs().amax(0)
-        if not bool(largest.isfinite().all()):
+        x = x.detach().float().reshape(-1, self.extremes.shape[1])
+        lowest, highest = x.amin(0), x.amax(0)
+        if not bool((lowest.isfinite() & highest.isfinite()).all()):
             raise ValueError("holds NaN or infinite values")
-        torch.maximum(self.largest, largest, out=self.largest)
+        self.extremes.copy_(torch.stack([self.extremes[0].minimum(lowest), self.extremes[1].maximum(highest)]))
         if self.sample is not None:
             self.sample.update(x)
 
@@ -95,35 +119,111 @@ class Seen(nn.Module):
         return self.sample.rows()
 
 
-def find_groups(model: nn.Module, flow: Dataflow) -> tuple[list[Group], list[Smoothed]]:
+def find_groups(model: nn.Module, flow: Dataflow, explicit: bool = False) -> tuple[list[Group], list[Smoothed]]:
     """The groups of a network, and everything else that has linear layers, each with the reason why it is in none.
+
+    With `explicit` every `nn.Linear` that no LayerNorm can serve is a group of its own.
 
     >>> net = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)).eval()
     >>> groups, others = find_groups(net, Dataflow(net, torch.zeros(2, 4)))
     >>> groups
-    [Group(norm='0', layers=('1',), sides=())]
+    [Group(source='0', layers=('1',), sides=())]
     >>> [(row.layers, row.reason) for row in others]
     [(('3',), 'fed by gelu, which a scale cannot pass')]
+    >>> find_groups(net, Dataflow(net, torch.zeros(2, 4)), explicit=True)[0][1].how
+    'multiplied in front'
     """
-    groups, others, named = [], [], set()
+    groups, refused = _behind_norms(model, flow)
+    linear = [node for node in flow.nodes if _is_linear(flow, node)]
+    if explicit:
+        grouped = {name for group in groups for name in group.layers}
+        values = _values(flow)
+        alone = dict.fromkeys(flow.layer(node) for node in linear)
+        groups += [Group(values.get(name, ""), (name,)) for name in alone if name not in grouped]
+    grouped = {name for group in groups for name in group.layers}
+    left = (replace(row, layers=tuple(name for name in row.layers if name not in grouped)) for row in refused)
+    others = [row for row in left if row.layers]
+    named = grouped.union(*(row.layers for row in others))
+    fed_by = {
+        flow.layer(node): _fed_by(flow, node) for node in reversed(linear)
+    }  # of a layer that runs twice, the first
+    return groups, others + [
+        Smoothed("", (name,), reason=fed_by[name]) for name in reversed(fed_by) if name not in named
+    ]
+
+
+def _is_linear(flow: Dataflow, node: fx.Node) -> bool:
+    return node.target is aten.linear.default and type(flow.modules.get(flow.layer(node))) is nn.Linear
+
+
+def _behind_norms(model: nn.Module, flow: Dataflow) -> tuple[list[Group], list[Smoothed]]:
+    """Groups whose 1/s a LayerNorm takes, and those where none can."""
+    groups, refused = [], []
     for node in flow.nodes:
         if node.target in NORMS:
             norm, readers = flow.layer(node), _readers(node)
             layers = tuple(dict.fromkeys(flow.layer(reader) for reader, x in readers if _multiplies(reader, x)))
-            named.update(layers)
             if not layers:
                 continue  # nothing that could be made easier
             if reason := _refusal(model, flow, norm, node, readers):
-                others.append(Smoothed(norm, layers, reason=reason))
+                refused.append(Smoothed(norm, layers, reason=reason))
             else:
                 sides = tuple(side for reader, source in readers for side in _sides(flow, reader, source))
                 groups.append(Group(norm, layers, sides))
-    for node in flow.nodes:
-        name = flow.layer(node)
-        if node.target is aten.linear.default and name not in named and type(flow.modules.get(name)) is nn.Linear:
-            named.add(name)
-            others.append(Smoothed("", (name,), reason=_fed_by(flow, node)))
-    return groups, others
+    return groups, refused
+
+
+def _values(flow: Dataflow) -> dict[str, str]:
+    """Output layer of an attention -> the layer that makes its values, where channel j of the one feeds j of the other.
+
+    Both run once, and nobody else reads what is in between.
+    """
+    once = {flow.layer(node): node for node in flow.nodes if _is_linear(flow, node)}
+    once = {name: node for name, node in once.items() if len(flow.calls[name]) == 1}
+    readers = {name: _reader_of_values(node) for name, node in once.items()}
+    names = {reader: flow.layer(reader) for reader in readers.values() if reader is not None}
+    return {names[reader]: name for name, reader in readers.items() if reader is not None and names[reader] in once}
+
+
+def _reader_of_values(node: fx.Node) -> fx.Node | None:
+    """The linear layer that reads P V, where V is what this one makes; None where channels do not stay what they are.
+
+    Numbers of channels go the way of the values: moves move them, and P mixes the rows of V, so that the number has to
+    be the same in all rows.
+    """
+    channels, crossed = torch.arange(_shape(node)[-1]), False
+    numbers = channels.expand(_shape(node))
+    while len(node.users) == 1:
+        (reader,) = node.users
+        if reader.target in (*PASSED, *SHAPED, *MOVES) and reader.args[0] is node:
+            numbers = _moved(numbers, reader)
+        elif reader.target in ATTENDING and reader.args[ATTENDING[reader.target]] is node and not crossed:
+            if not bool((numbers == numbers[..., :1, :]).all()):
+                return None
+            numbers, crossed = numbers[..., :1, :].expand(_shape(reader)), True
+        elif reader.target is aten.linear.default and reader.args[0] is node and crossed:
+            same = numbers.shape[-1] == len(channels) and bool((numbers == channels).all())
+            return reader if same else None
+        else:
+            return None
+        node = reader
+    return None
+
+
+def _moved(numbers: Tensor, mover: fx.Node) -> Tensor:
+    # What can be viewed in the network may lie otherwise in memory here.
+    move = aten.reshape.default if mover.target is aten.view.default else mover.target
+    return move(numbers, *fx.map_arg(mover.args[1:], _size), **fx.map_arg(mover.kwargs, _size))
+
+
+def _shape(node: fx.Node) -> list[int]:
+    return [_size(size) for size in node.meta["val"].shape]
+
+
+def _size(size: fx.Node | torch.SymInt | int) -> int:
+    """A size as it was when the graph was traced."""
+    size = size.meta["val"] if isinstance(size, fx.Node) else size
+    return size.node.hint if isinstance(size, torch.SymInt) else size
 
 
 def _readers(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
@@ -193,23 +293,24 @@ def _told(flow: Dataflow, node: fx.Node) -> str:
 
 
 @contextmanager
-def observing_norms(model: nn.Module, groups: Sequence[Group], rows: int = 0) -> Iterator[dict[str, Seen]]:
-    """What passes the norms of these groups inside the block; `rows` tokens of each are kept.
+def observing_inputs(model: nn.Module, groups: Sequence[Group], rows: int = 0) -> Iterator[dict[str, Seen]]:
+    """What arrives at these groups inside the block, by the first layer of each; `rows` tokens of each are kept.
 
-    Errors: ValueError naming a norm that writes NaN or infinite values.
+    Errors: ValueError naming an input with NaN or infinite values.
     """
-    seen = {group.norm: Seen(len(model.get_submodule(group.norm).weight), rows) for group in groups}
+    layers = {group.layers[0]: model.get_submodule(group.layers[0]) for group in groups}
+    seen = {name: Seen(layer.in_features, rows) for name, layer in layers.items()}
 
     def look(name: str):
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             try:
-                seen[name].update(output)
+                seen[name].update(inputs[0])
             except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
+                raise ValueError(f"{name}.input: {error}") from None
 
         return hook
 
-    hooks = [model.get_submodule(name).register_forward_hook(look(name)) for name in seen]
+    hooks = [layer.register_forward_pre_hook(look(name)) for name, layer in layers.items()]
     try:
         yield seen
     finally:
@@ -232,36 +333,47 @@ def factors(activations: Tensor, weights: Tensor, alpha: float) -> Tensor:
 
 
 @torch.no_grad()
-def noise(rows: Tensor, weights: Sequence[Tensor], s: Tensor, schemes: Sequence[tuple[Scheme, Scheme]]) -> float:
+def noise(
+    rows: Tensor, weights: Sequence[Tensor], s: Tensor, schemes: Sequence[tuple[Scheme, Scheme]],
+    extremes: Tensor | None = None,
+) -> float:  # fmt: skip
     """Squared error of all layers of a group: sum over W of ||X W^T - Q(X / s) Q(W s)^T||^2.
 
-    `schemes` are those of the input and the weight of each layer; a static range of activations is that of these
-    tokens. Shapes: rows (R, C), each W (out, C), s (C,).
+    `schemes` are those of the input and the weight of each layer. A static range of activations is that of these
+    tokens; where it is min-max, of the `extremes` of each channel, too, which other tokens have. Shapes: rows (R, C),
+    each W (out, C), s (C,), extremes (2, C).
 
     >>> noise(torch.eye(2), [torch.eye(2)], torch.ones(2), [(Scheme(), Scheme())])
     0.0
     """
     s, total = s.float(), 0.0
-    inputs = (rows / s).unsqueeze(0)  # (N, T, C), as in the network
-    quantized = {scheme: _quantized(inputs, scheme, is_weight=False).squeeze(0) for scheme, _ in schemes}
+    beyond = None if extremes is None else extremes / s
+    quantized = {scheme: _quantized_input(rows / s, scheme, beyond) for scheme in {scheme for scheme, _ in schemes}}
     for weight, (of_input, of_weight) in zip(weights, schemes, strict=True):
-        error = F.linear(rows, weight) - F.linear(
-            quantized[of_input], _quantized(weight * s, of_weight, is_weight=True)
-        )
-        total += float(error.double().square().sum())
+        product = F.linear(quantized[of_input], _quantized_weight(weight * s, of_weight))
+        total += float((F.linear(rows, weight) - product).double().square().sum())
     return total
 
 
-def _quantized(x: Tensor, scheme: Scheme, is_weight: bool) -> Tensor:
-    quantizer = Quantizer(scheme, tuple(x.shape), "smoothed", is_weight).eval()
-    if is_weight:
-        quantizer.calibrate(x)
-    elif not quantizer.dynamic:
+def _quantized_input(rows: Tensor, scheme: Scheme, beyond: Tensor | None) -> Tensor:
+    x = rows.unsqueeze(0)  # (N, T, C), as in the network
+    quantizer = Quantizer(scheme, tuple(x.shape), "smoothed").eval()
+    if not quantizer.dynamic:
         quantizer.start_observing()
         quantizer(x)
+        # Any other calibration asks how often a value is seen, which of extremes is not known.
+        if beyond is not None and scheme.calibration == MinMax():
+            quantizer(beyond.unsqueeze(0))
         quantizer.calibrate()
     quantizer.mode = Mode.QUANTIZE
-    return quantizer(x)
+    return quantizer(x).squeeze(0)
+
+
+def _quantized_weight(weight: Tensor, scheme: Scheme) -> Tensor:
+    quantizer = Quantizer(scheme, tuple(weight.shape), "smoothed", is_weight=True).eval()
+    quantizer.calibrate(weight)
+    quantizer.mode = Mode.QUANTIZE
+    return quantizer(weight)
 
 
 @torch.no_grad()
@@ -275,26 +387,28 @@ def smooth_(
 
     >>> net, x = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2)).eval(), torch.randn(8, 4)
     >>> before, (groups, _) = net(x), find_groups(net, Dataflow(net, x))
-    >>> with observing_norms(net, groups) as seen, torch.no_grad(): _ = net(x)
+    >>> with observing_inputs(net, groups) as seen, torch.no_grad(): _ = net(x)
     >>> (row,) = smooth_(net, groups, seen, Recipe(), [1.0])
     >>> torch.allclose(net(x), before, atol=1e-6), bool((net[0](x).abs().amax(0) - 1).abs().max() < 1e-6)
     (True, True)
     """
-    rows = []
+    rows, chosen = [], []
     for group in groups:
         counted = [name for name in group.layers if not recipe.excludes(name)]
         if not counted:
-            rows.append(Smoothed(group.norm, group.layers, reason="all of its layers are excluded"))
+            rows.append(Smoothed(group.source, group.layers, reason="all of its layers are excluded"))
             continue
-        weights = [model.get_submodule(name).weight for name in counted]
-        of_weights, largest = torch.stack([w.abs().amax(0) for w in weights]).amax(0), seen[group.norm].largest
+        known, weights = seen[group.layers[0]], [model.get_submodule(name).weight for name in counted]
+        of_weights, largest = torch.stack([w.abs().amax(0) for w in weights]).amax(0), known.largest
         candidates = {alpha: factors(largest, of_weights, alpha) for alpha in alphas}
-        sqnr_db = _compared(seen[group.norm], weights, candidates, recipe, counted) if len(candidates) > 1 else {}
+        sqnr_db = _compared(known, weights, candidates, recipe, counted) if len(candidates) > 1 else {}
         alpha = max(sqnr_db, key=sqnr_db.get) if sqnr_db else alphas[0]
         s = candidates[alpha]
-        _fold_(model, group, s)
+        chosen.append((group, s))
         outliers = _outlier_ratio(largest.double()), _outlier_ratio(largest.double() / s)
-        rows.append(Smoothed(group.norm, group.layers, alpha, float(s.max()), outliers, sqnr_db))
+        rows.append(Smoothed(group.source, group.layers, group.how, alpha, float(s.max()), outliers, sqnr_db))
+    for group, s in chosen:  # at last, so that none sees what another has done: values are in two groups
+        _fold_(model, group, s)
     return rows
 
 
@@ -305,7 +419,7 @@ def _compared(
     rows = seen.rows()
     schemes = [(recipe.activation_of(f"{name}.input"), recipe.weight_of(name)) for name in names]
     signal = sum(float(F.linear(rows, weight).double().square().sum()) for weight in weights)
-    errors = {alpha: noise(rows, weights, s, schemes) for alpha, s in candidates.items()}
+    errors = {alpha: noise(rows, weights, s, schemes, seen.extremes) for alpha, s in candidates.items()}
     return {alpha: 10 * math.log10(signal / error) if error and signal else math.inf for alpha, error in errors.items()}
 
 
@@ -316,15 +430,19 @@ def _outlier_ratio(largest: Tensor) -> float:
 
 
 def _fold_(model: nn.Module, group: Group, s: Tensor) -> None:
-    """Put 1/s into the norm, s into its readers. Parameters are new, because another module may share the old ones."""
-    norm = model.get_submodule(group.norm)
-    for name in "weight", "bias":
-        if (values := getattr(norm, name)) is not None:
-            setattr(norm, name, nn.Parameter((values.double() / s).to(values.dtype)))
+    """Put s into the readers and 1/s before them. Parameters are new, because another module may share the old ones."""
     for layer in map(model.get_submodule, group.layers):
         layer.weight = nn.Parameter((layer.weight.double() * s).to(layer.weight.dtype))
+        if not group.source:
+            multiply_in_front_(layer, (1 / s).to(layer.weight.dtype))
+    if group.source:
+        source = model.get_submodule(group.source)  # gamma and beta (C,), or weight (C, in) and bias (C,)
+        for name in "weight", "bias":
+            if (values := getattr(source, name)) is not None:
+                scaled = values.double() / s.view(-1, *[1] * (values.dim() - 1))
+                setattr(source, name, nn.Parameter(scaled.to(values.dtype)))
     for side in group.sides:
         name, _, which = side.rpartition(".")
         add = model.get_submodule(name)
         before = getattr(add, f"{which}_factor")
-        setattr(add, f"{which}_factor", s.to(norm.weight.dtype) if before is None else (s * before).to(before.dtype))
+        setattr(add, f"{which}_factor", s.to(source.weight.dtype) if before is None else (s * before).to(before.dtype))

@@ -16,7 +16,7 @@ from qexp.quant.grid import IntegerGrid
 from qexp.quant.layers import Add
 from qexp.quant.quantizer import Mode
 from qexp.quant.recipe import Recipe, Scheme
-from qexp.quant.smoothquant import Group, factors, find_groups, observing_norms, smooth_
+from qexp.quant.smoothquant import Group, factors, find_groups, observing_inputs, smooth_
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WEIGHT = Scheme(IntegerGrid(8), PerChannel(0))
@@ -77,7 +77,7 @@ def ids() -> torch.Tensor:
 def smoothed(net, x, alphas=(0.5,), recipe=RECIPE):
     model = copy.deepcopy(net)
     groups, _ = find_groups(net, Dataflow(net, x[:2]))
-    with torch.no_grad(), observing_norms(model, groups, 1024) as seen:
+    with torch.no_grad(), observing_inputs(model, groups, 1024) as seen:
         model(x)
     return model, smooth_(model, groups, seen, recipe, alphas)
 
@@ -101,7 +101,7 @@ def test_the_network_computes_the_same_and_its_activations_do_not(name, alpha):
     assert len(rows) == count
     assert (model(x) - expected).abs().max() <= 1e-5 * expected.abs().max()
     for row in rows:
-        assert not torch.equal(model.get_submodule(row.norm).weight, net.get_submodule(row.norm).weight)
+        assert not torch.equal(model.get_submodule(row.source).weight, net.get_submodule(row.source).weight)
         for layer in row.layers:
             assert not torch.equal(model.get_submodule(layer).weight, net.get_submodule(layer).weight)
 
@@ -124,8 +124,8 @@ def test_scales_are_those_of_equation_4_by_hand():
     net = nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 2, bias=False)).eval()
     net[1].weight.data = torch.tensor([[0.5, -4.0, 2.0], [-1.0, 3.0, 4.0]])
     group = Group("0", ("1",))
-    seen = {"0": smoothquant.Seen(3)}
-    seen["0"].update(torch.tensor([[[16.0, 0.5, -4.0], [-2.0, -1.0, 3.0]]]))
+    seen = {"1": smoothquant.Seen(3)}
+    seen["1"].update(torch.tensor([[[16.0, 0.5, -4.0], [-2.0, -1.0, 3.0]]]))
     (row,) = smooth_(net, [group], seen, RECIPE)
     assert (row.alpha, row.largest, row.outliers, row.sqnr_db) == (0.5, 4.0, (4.0, 1.0), {})
     assert torch.equal(net[0].weight.detach(), torch.tensor([0.25, 2.0, 1.0]))
@@ -245,8 +245,8 @@ def test_a_norm_with_another_reader_is_left_alone_with_the_reason(name):
     also, reason = PROBLEMS[name]
     net = Readers(also).eval()
     groups, others = find_groups(net, Dataflow(net, tokens(2)))
-    assert "norm" not in [group.norm for group in groups]
-    assert reason in [row.reason for row in others if row.norm == "norm"]
+    assert "norm" not in [group.source for group in groups]
+    assert reason in [row.reason for row in others if row.source == "norm"]
 
 
 def test_norms_without_a_gamma_for_each_channel_are_left_alone():
@@ -327,5 +327,5 @@ def test_shared_parameters_are_parted():
 def test_what_is_not_finite_is_refused_by_its_norm():
     net, x = alive(PreNorm()), tokens()
     x[0, 0, 0] = math.nan
-    with pytest.raises(ValueError, match=r"^norm: holds NaN or infinite values$"):
+    with pytest.raises(ValueError, match=r"^up.input: holds NaN or infinite values$"):
         smoothed(net, x)
