@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader
 
 from qexp import prepare, smoothing
 from qexp.metrics.sqnr import sqnr_db
-from qexp.quant.convert import calibrating, fold_batchnorm_, observing, quantize_, recall_, targets
+from qexp.quant.convert import calibrating, fold_batchnorm_, observing, quantize_, quantizers, recall_, targets
 from qexp.quant.dataflow import Dataflow
 from qexp.quant.layers import QuantLinear
 from qexp.quant.observers import Observer
-from qexp.quant.quantizer import Quantizer
+from qexp.quant.quantizer import Mode, Quantizer
 from qexp.quant.recipe import Recipe
 from qexp.quant.sites import site_shapes
 from qexp.report import terminal
@@ -61,15 +61,19 @@ def agreement(logits: Tensor, reference: Tensor) -> float:
 
 
 @torch.no_grad()
-def batch_dependence(model: nn.Module, data: pl.LightningDataModule, most: int = 16) -> dict[str, float]:
+def batch_dependence(model: nn.Module, data: pl.LightningDataModule, most: int = 16) -> dict[str, float | bool]:
     """How far the logits of samples in one batch are from those of each sample alone, where ranges are of each call.
 
-    With one range for a whole tensor they differ; with one for each token or group of features they are the same.
+    With one range for a whole tensor they differ; with one for each token or group of features they are the same, but
+    for the order in which products are summed.
     """
+    ranges = [q.scheme.granularity for q in quantizers(model) if q.dynamic and q.mode is Mode.QUANTIZE]
     inputs = next(iter(data.test_dataloader()))[0][:most]
     together, alone = model(inputs), torch.cat([model(one) for one in inputs.split(1)])
     signal, error = together.double().square().sum(), (together - alone).double().square().sum()
     return {
+        "dynamic/within_sample": all(granularity.follows_batch for granularity in ranges),
+        "dynamic/batch_samples": len(inputs),
         "dynamic/batch_sqnr_db": sqnr_db(signal, error),
         "dynamic/batch_flips": int((together.argmax(1) != alone.argmax(1)).sum()),
     }

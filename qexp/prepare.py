@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from qexp.engines.base import Engine
 from qexp.heads import embedded
 from qexp.models import spread
-from qexp.quant.convert import refuse_unquantizable
+from qexp.quant.convert import Shapes, refuse_unquantizable
 from qexp.quant.dataflow import Dataflow, NotExportable, additions_to_modules
 from qexp.quant.granularity import PerTensor
 from qexp.quant.layers import Add
@@ -149,15 +149,13 @@ def ready(settings: Settings) -> tuple[pl.LightningDataModule, nn.Module, list[E
         )
     if settings.method != "fp32" or settings.flatness:
         calibration_loader(data, settings.seed)
-        shapes, in_float = None, ()
+        shapes, images = None, example_images(data)
         if recipe.activation.granularity != PerTensor():
-            images = example_images(data)
             require_logits(net, images, data.num_classes)
             with evaluating(net):
                 shapes = site_shapes(net, images)
-                in_float = _normalized_additions(net, images)
         try:
-            refuse_unquantizable(_with_additions(net, data, recipe), recipe, shapes, in_float)
+            _refuse_unquantizable(_with_additions(net, data, recipe), recipe, shapes, images)
         except ValueError as error:
             raise ConfigError(blamed(error)) from None
     return data, net, engines
@@ -182,14 +180,16 @@ def _require_optimizer(settings: Settings) -> None:
         plan.scheduler(optimizer, **plan.scheduler.offered(T_max=1, total_steps=1))
 
 
-def _normalized_additions(net: nn.Module, images: Tensor) -> list[str]:
-    """Additions that stay in float, of a network that may have some."""
-    if not any(isinstance(module, Add) for module in net.modules()):
-        return []
+def _refuse_unquantizable(net: nn.Module, recipe: Recipe, shapes: Shapes | None, images: Tensor) -> None:
+    """Errors: ValueError for a layer that cannot be quantized, unless it is an addition that stays in float."""
     try:
-        return Dataflow(net, images).normalized_additions()
-    except NotExportable as error:
-        raise ConfigError(f"model: {error}") from None
+        refuse_unquantizable(net, recipe, shapes)
+    except ValueError:
+        if shapes is None or not any(isinstance(module, Add) for module in net.modules()):
+            raise
+        with evaluating(net):
+            in_float = Dataflow(net, images).normalized_additions()
+        refuse_unquantizable(net, recipe, shapes, in_float)
 
 
 def _with_additions(net: nn.Module, data: pl.LightningDataModule, recipe: Recipe) -> nn.Module:

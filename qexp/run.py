@@ -273,13 +273,19 @@ class _Models:
         trained = job.settings.method == "qat"
         recipe = job.settings.recipe if trained else engine.recipe(job.settings.recipe, job.flow)
         if recipe not in self.made:
-            model = job.quantized if recipe == job.settings.recipe else _calibrated(job, recipe)
+            model = job.quantized if recipe == job.settings.recipe else self._calibrated(recipe, engine)
             with terminal.stage("exporting the int8 network to ONNX"):
                 try:
                     self.made[recipe] = model, export_quantized(model, job.flow)
                 except NotExportable as error:
                     raise EngineRefused(engine, str(error)) from None
         return self.made[recipe]
+
+    def _calibrated(self, recipe: Recipe, engine: Engine) -> nn.Module:
+        try:
+            return _calibrated(self.job, recipe)
+        except ConfigError as error:  # formats that the user did not ask for
+            raise EngineRefused(engine, str(error)) from None
 
 
 def _deploy(
@@ -295,8 +301,6 @@ def _deploy(
             raise EngineRefused(engine, "it would run every layer in float, which is not timed as int8")
         batches = passes.counted(job.data.test_dataloader(), update)
         logits = certify_deployment(deployment, batches, threads)
-        if any(scheme.of_call for scheme in activation_schemes(simulation).values()):
-            figures |= passes.batch_dependence(simulation, job.data)
         figures |= record.deployment_metrics(deployment, job.flow)
         figures["acc/drop"] = job.metrics["acc/fp32"] - figures["acc/engine"]
         figures["agree/argmax"] = passes.agreement(torch.from_numpy(logits), job.reference)
@@ -325,6 +329,8 @@ def _simulate(
         signal = job.embeddings.double()
         error = signal - task.embeddings.double()
         figures["sqnr/embedding_db"] = sqnr_db(signal.square().sum(), error.square().sum())
+    if any(scheme.of_call for scheme in activation_schemes(model).values()):
+        figures |= passes.batch_dependence(model, job.data)
     return figures, noise
 
 

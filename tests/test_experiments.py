@@ -22,6 +22,7 @@ NEEDED = {
     "data=custom": ["data._target_=mine.Data"],
     "data=cifar10": [f"data.root={Path(__file__).parent}"],
     "data=image_folder": [f"data.root={Path(__file__).parent}"],
+    "data=text_csv": [f"data.path={__file__}"],
     "model=hugging_face": ["model.weights=any/encoder"],
     "method=qat": ["finetune=ste"],
     "quantizer=levels": [f"quantizer.weight.file={Path(__file__).parent / 'quant' / 'levels.txt'}"],

@@ -91,6 +91,12 @@ def symmetric(scheme: Scheme) -> Scheme:
     return replace(scheme, grid=IntegerGrid(grid.bits, "wide_codes", grid.scale))
 
 
+def beside_weights(flow: Dataflow, schemes: dict[str, Scheme]) -> set[str]:
+    """Sites with ranges of each call that are no input of a layer with weights: they would cost more than they gain."""
+    inputs = {f"{name}.input" for name, module in flow.modules.items() if hasattr(module, "weight")}
+    return {site for site, scheme in schemes.items() if scheme.of_call and site not in inputs}
+
+
 def _reason(error: Exception) -> str:
     """The line of a long message that says most: OpenVINO sums up at the end, after where in its code it failed."""
     text = str(error)

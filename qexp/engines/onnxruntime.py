@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from qexp.engines.base import EngineRefused, symmetric
+from qexp.engines.base import EngineRefused, beside_weights, symmetric
 from qexp.quant.dataflow import Dataflow
 from qexp.quant.recipe import Recipe, Scheme
 
@@ -43,9 +43,7 @@ class OnnxRuntime:
         return replace(recipe, sites=second + recipe.sites)
 
     def float_sites(self, flow: Dataflow, schemes: dict[str, Scheme]) -> set[str]:
-        """Products of two activations with ranges of each call would cost more than they gain."""
-        operands = {f"{name}.{side}" for name in flow.products() for side in "ab"}
-        return {site for site in operands & schemes.keys() if schemes[site].of_call}
+        return beside_weights(flow, schemes)
 
     def signed_sites(self, flow: Dataflow, schemes: dict[str, Scheme]) -> set[str]:
         return {f"{name}.b" for name in flow.products()} & schemes.keys()

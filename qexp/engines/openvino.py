@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import openvino as ov
+from torch import nn
 
-from qexp.engines.base import EngineRefused, symmetric
+from qexp.engines.base import EngineRefused, beside_weights, symmetric
 from qexp.engines.place import GROUP
 from qexp.quant.dataflow import Dataflow
 from qexp.quant.granularity import PerGroup
@@ -58,7 +59,10 @@ class OpenVino:
 
     def _in_groups(self, recipe: Recipe, flow: Dataflow) -> Recipe:
         """Ranges of each call as OpenVINO computes them: symmetric, for groups of features of a token."""
-        features = [flow.modules[name].in_features for name in flow.linear_layers() if not recipe.excludes(name)]
+        quantized = {name: module for name, module in flow.modules.items() if not recipe.excludes(name)}
+        if convolution := next((name for name, module in quantized.items() if isinstance(module, nn.Conv2d)), None):
+            raise EngineRefused(self, f"it computes ranges of each call for linear layers, and {convolution} is none")
+        features = [quantized[name].in_features for name in flow.linear_layers() if name in quantized]
         size = next((size for size in GROUPS if not any(n % size for n in features)), None)
         if size is None:
             raise EngineRefused(self, f"no group of {', '.join(map(str, GROUPS))} features divides all linear layers")
@@ -67,8 +71,7 @@ class OpenVino:
 
     def float_sites(self, flow: Dataflow, schemes: dict[str, Scheme]) -> set[str]:
         branches = {f"{add}.{sides[0]}" for add, sides in flow.convolution_branches().items() if sides}
-        operands = {f"{name}.{side}" for name in flow.products() for side in "ab"}
-        return {site for site in operands & schemes.keys() if schemes[site].of_call} | branches & schemes.keys()
+        return beside_weights(flow, schemes) | branches & schemes.keys()
 
     def signed_sites(self, flow: Dataflow, schemes: dict[str, Scheme]) -> set[str]:
         linear = {f"{name}.input" for name in flow.linear_layers()} if flow.products() else set()

@@ -137,9 +137,9 @@ def _simulate(
         calls[quantizer.site] += 1
         site = numbered(quantizer.site, calls[quantizer.site])
         codes[site] = quantizer.stored_codes(inputs[0])
-        if given is None or site not in given or quantizer.dynamic:
+        if given is None or site not in given:
             return None
-        return quantizer.of_stored(torch.from_numpy(given[site])).view(output.shape)
+        return quantizer.of_stored(torch.from_numpy(given[site]).view(output.shape), inputs[0])
 
     sites = [q for q in quantizers(simulation) if q.mode is Mode.QUANTIZE and not q.is_weight]
     hooks = [quantizer.register_forward_hook(record) for quantizer in sites]

@@ -112,6 +112,11 @@ class _Rewriter:
             sites = [site for site, tensor in self.codes.items() if tensor == marker.output[0]]
             if how["form"] == b"none":
                 raise NotExportable(f"{marker.name} has ranges of each call in a form that no engine computes")
+            readers = self.readers(marker.output[0])
+            if not all(map(self._has_codes, readers)):
+                raise NotExportable(
+                    f"{marker.name} has ranges of each call, which engines compute for linear layers with int8 weights"
+                )
             if how["form"] == b"per_group":
                 groups.add(how["size"])
                 self.codes = {site: tensor for site, tensor in self.codes.items() if site not in sites}
@@ -119,8 +124,8 @@ class _Rewriter:
                 continue
             codes, scale, *zero_point = self._dynamic_codes(marker, how["form"] == b"per_token")
             self.codes.update(dict.fromkeys(sites, codes))
-            for reader in self.readers(marker.output[0]):
-                self._multiply_integers(reader, marker, codes, scale, zero_point)
+            for layer in readers:
+                self._multiply_integers(layer, marker, codes, scale, zero_point)
             self.graph.node.remove(marker)
         for node in [n for n in self.graph.node if n.op_type == "DequantizeLinear" and not self.readers(n.output[0])]:
             self.graph.node.remove(node)
@@ -143,35 +148,44 @@ class _Rewriter:
         size = self._insert(marker, "Abs", [x])
         largest = self._insert(marker, "ReduceMax", [size, self._constant(f"{name}/axis", np.array([-1], np.int64))])
         largest = self._insert(marker, "Max", [largest, self._constant(f"{name}/least", np.float32(127 * TINY))])
-        scale = self._insert(marker, "Div", [largest, self._constant(f"{name}/levels", np.float32(127))])
-        codes = self._insert(marker, "Round", [self._insert(marker, "Div", [x, scale])])
+        levels = self._constant(f"{name}/levels", np.float32(127))
+        scale = self._insert(marker, "Div", [largest, levels], name=f"{name}/scale")
+        codes = self._insert(marker, "Round", [self._insert(marker, "Div", [x, scale], name=f"{name}/quotient")])
         codes = self._insert(marker, "Cast", [codes], name=name, to=onnx.TensorProto.INT8)
         self.signed.add(codes)
         return [codes, scale]
+
+    def _has_codes(self, layer: onnx.NodeProto) -> bool:
+        """Whether this is a linear layer whose weights are codes."""
+        if layer.op_type not in ("MatMul", "Gemm"):
+            return False
+        weight = next((node for node in self.graph.node if layer.input[1] in node.output), None)
+        return weight is not None and weight.op_type == "DequantizeLinear" and weight.input[0] in self.constants
 
     def _multiply_integers(
         self, layer: onnx.NodeProto, marker: onnx.NodeProto, codes: str, scale: str, zero_point: list[str]
     ) -> None:
         """x W + b = S_x S_w (q_x - Z_x) q_w + b, the product on integers; ONNX Runtime makes one operator of it."""
-        weight = next((n for n in self.graph.node if len(layer.input) > 1 and layer.input[1] in n.output), None)
-        products = layer.op_type in ("MatMul", "Gemm") and weight is not None and weight.op_type == "DequantizeLinear"
-        if not products or weight.input[0] not in self.constants:
-            raise NotExportable(
-                f"{marker.name} has ranges of each call, which engines compute for linear layers with int8 weights"
-            )
-        stored = self.constants[weight.input[0]]
+        weight = next(node for node in self.graph.node if layer.input[1] in node.output)
+        stored, zeros = (self.constants[weight.input[i]] for i in (0, 2))
         if layer.op_type == "Gemm":
             stored = np.ascontiguousarray(stored.T)
         w = self._constant(f"{layer.name}/codes", stored)
-        w_zero = self._constant(f"{layer.name}/zero_point", np.int8(0))
+        w_zero = self._constant(f"{layer.name}/zero_point", zeros if zeros.any() else np.int8(0))
         # MatMulInteger takes zero points by position, and one of x is needed before one of W.
         x_zero = zero_point or [self._constant(f"{marker.name}/zero_point", np.int8(0))]
         product = self._insert(layer, "MatMulInteger", [codes, w, *x_zero, w_zero], name=layer.name)
-        both = self._insert(layer, "Mul", [scale, weight.input[1]], name=f"{layer.name}/scale")
         product = self._insert(layer, "Cast", [product], name=f"{layer.name}/float", to=onnx.TensorProto.FLOAT)
+        if zero_point:
+            factor = self._insert(layer, "Mul", [scale, weight.input[1]], name=f"{layer.name}/scale")
+        else:
+            # Of a product of both scales ONNX Runtime would make an operator that reads the scale of the first token
+            # for all of them.
+            factor = scale
+            product = self._insert(layer, "Mul", [product, weight.input[1]], name=f"{layer.name}/scaled_by_weight")
         has_bias = len(layer.input) > 2
         outputs = None if has_bias else list(layer.output)
-        scaled = self._insert(layer, "Mul", [product, both], outputs, f"{layer.name}/scaled")
+        scaled = self._insert(layer, "Mul", [product, factor], outputs, f"{layer.name}/scaled")
         if has_bias:
             self._insert(layer, "Add", [scaled, layer.input[2]], list(layer.output), f"{layer.name}/bias")
         self.graph.node.remove(layer)

@@ -157,18 +157,18 @@ class Quantizer(nn.Module):
         blocked, qparams = self._blocked(x)
         return self._joined(self.grid.encode(blocked, qparams, rounding or self.rounding), x)
 
-    def decoded(self, codes: Tensor) -> Tensor:
-        """The values of integer codes."""
-        blocked, qparams = self._blocked(codes)
+    def decoded(self, codes: Tensor, x: Tensor | None = None) -> Tensor:
+        """The values of integer codes; x is what they are codes of, whose range counts where each call has its own."""
+        blocked, qparams = self._blocked(codes, x)
         return self._joined(self.grid.decode(blocked, qparams), codes)
 
     def clipped(self, x: Tensor) -> Tensor:
         """Number of values further than half a step outside the representable range."""
         return self.grid.clipped(*self._blocked(x))
 
-    def _blocked(self, x: Tensor) -> tuple[Tensor, QParams]:
-        """x and its scales in shapes that broadcast: x itself, or viewed as blocks."""
-        qparams = self.qparams_for(x)
+    def _blocked(self, x: Tensor, ranged: Tensor | None = None) -> tuple[Tensor, QParams]:
+        """x and its scales, or those of another tensor of its shape, broadcasting: x itself, or viewed as blocks."""
+        qparams = self.qparams_for(x if ranged is None else ranged)
         params = qparams.scale.shape
         if len(params) == 0 or all(p in (1, n) for p, n in zip(params, x.shape, strict=False)):
             return x, qparams
@@ -185,9 +185,9 @@ class Quantizer(nn.Module):
         stored, shift = _storage(self.grid, self.is_weight)
         return (self.grid.stored(self.codes(x)) + shift).to(stored)
 
-    def of_stored(self, codes: Tensor) -> Tensor:
-        """The values of codes as the ONNX file stores them."""
-        return self.decoded(codes.float() - _storage(self.grid, self.is_weight)[1])
+    def of_stored(self, codes: Tensor, x: Tensor | None = None) -> Tensor:
+        """The values of codes as the ONNX file stores them; x as in `decoded`."""
+        return self.decoded(codes.float() - _storage(self.grid, self.is_weight)[1], x)
 
     def start_observing(self) -> None:
         """Look at what passes from now on; sites whose ranges are those of each call have nothing to look at."""

@@ -10,6 +10,8 @@ from qexp.quant.granularity import Granularity, PerChannel, PerColumn, PerGroup,
 from qexp.quant.grid import Grid, IntegerGrid
 from qexp.quant.rounding import HalfEven, Rounding
 
+COMPUTED = "they compute affine per_tensor, restricted per_token and restricted per_group, all of 8 bits and by minmax"
+
 
 @dataclass(frozen=True)
 class Scheme:
@@ -64,7 +66,7 @@ class Scheme:
             if self.rounding != HalfEven():
                 return f"rounded by {self.rounding}, while engines round half to even"
             if fits and self.of_call:
-                return None if self.dynamic_form else f"{self}, with ranges of each call that no engine computes so"
+                return None if self.dynamic_form else f"{self}, which no engine computes in each call; {COMPUTED}"
         if not fits:
             return f"{self.grid}, whose values are no 8-bit integers times a scale"
         return None if shared else f"{self.granularity}, whose scales do not stand outside of a sum of products"

@@ -250,11 +250,28 @@ def report(folder: Path, settings: Settings, look: str = "") -> None:
                     "through the network"
                 )
             output.print(f"{text}: {why}", markup=False)
+    for name in engines or [""]:
+        if told := _of_batch(name, metrics):
+            output.print(told, markup=False)
     title = settings.label
     if settings.method != "fp32":
         title += f"\nweights {settings.recipe.weight}\nactivations {settings.recipe.activation}"
     output.print(run_table(metrics, engines, title))
     where(folder, look)
+
+
+def _of_batch(engine: str, metrics: dict[str, Any]) -> str | None:
+    """What ranges of each call mean for a sample; None where there are none."""
+    named, prefix = (f"{engine}: ", f"{engine}/dynamic/") if engine else ("", "dynamic/")
+    if f"{prefix}within_sample" not in metrics:
+        return None
+    sqnr, samples, flips = (metrics.get(prefix + key) for key in ("batch_sqnr_db", "batch_samples", "batch_flips"))
+    if metrics[f"{prefix}within_sample"]:
+        rounding = "" if sqnr is None else f", but for the rounding of sums (SQNR {sqnr:.1f} dB)"
+        return f"{named}the result of a sample does not depend on its batch{rounding}"
+    differ = "the same" if sqnr is None else f"SQNR {sqnr:.1f} dB"
+    text = f"beware: {named}the range of each call is one for the whole batch"
+    return f"{text}: of {samples} samples {flips} are decided differently alone ({differ})"
 
 
 def where(folder: Path, look: str = "") -> None:
