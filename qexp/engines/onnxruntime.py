@@ -85,5 +85,6 @@ class OnnxRuntimeSession:
         found = {}
         for node in self._optimized.graph.node:
             kind = f"{node.op_type} int8" if node.op_type in INT8_OPERATORS else node.op_type
-            found[re.sub(r"_token_\d+$", "", node.name)] = kind
+            # A product that has taken in the sum with its bias is the layer itself.
+            found[re.sub(r"(/MatMulAddFusion)?(_token_\d+)?$", "", node.name)] = kind
         return found

@@ -6,14 +6,20 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
+from qexp.engines.base import start
+from qexp.engines.deploy import deploy, simulation_for
+from qexp.engines.export import export_quantized
+from qexp.engines.onnxruntime import OnnxRuntime
+from qexp.engines.openvino import OpenVino
 from qexp.models.encoder import bert_tiny_random
 from qexp.quant import smoothquant
 from qexp.quant.convert import calibrating, quantize_
 from qexp.quant.dataflow import Dataflow
 from qexp.quant.granularity import PerChannel, PerTensor, PerToken
 from qexp.quant.grid import IntegerGrid
-from qexp.quant.layers import Add
+from qexp.quant.layers import Add, QuantScaledLinear
 from qexp.quant.quantizer import Mode
 from qexp.quant.recipe import Recipe, Scheme
 from qexp.quant.smoothquant import Group, factors, find_groups, observing_inputs, smooth_
@@ -74,9 +80,9 @@ def ids() -> torch.Tensor:
     return drawn
 
 
-def smoothed(net, x, alphas=(0.5,), recipe=RECIPE):
+def smoothed(net, x, alphas=(0.5,), recipe=RECIPE, explicit=False):
     model = copy.deepcopy(net)
-    groups, _ = find_groups(net, Dataflow(net, x[:2]))
+    groups, _ = find_groups(net, Dataflow(net, x[:2]), explicit)
     with torch.no_grad(), observing_inputs(model, groups, 1024) as seen:
         model(x)
     return model, smooth_(model, groups, seen, recipe, alphas)
@@ -102,6 +108,7 @@ def test_the_network_computes_the_same_and_its_activations_do_not(name, alpha):
     assert (model(x) - expected).abs().max() <= 1e-5 * expected.abs().max()
     for row in rows:
         assert not torch.equal(model.get_submodule(row.source).weight, net.get_submodule(row.source).weight)
+        assert row.how == f"folded into {row.source}"
         for layer in row.layers:
             assert not torch.equal(model.get_submodule(layer).weight, net.get_submodule(layer).weight)
 
@@ -329,3 +336,203 @@ def test_what_is_not_finite_is_refused_by_its_norm():
     x[0, 0, 0] = math.nan
     with pytest.raises(ValueError, match=r"^up.input: holds NaN or infinite values$"):
         smoothed(net, x)
+
+
+def bert(layers: int = 1) -> nn.Module:
+    torch.manual_seed(0)
+    return alive(bert_tiny_random(3, vocabulary=64, layers=layers))
+
+
+def hows(net: nn.Module, x: torch.Tensor) -> dict[str, str]:
+    groups, _ = find_groups(net, Dataflow(net, x[:2]), explicit=True)
+    return {name: group.how for group in groups for name in group.layers}
+
+
+def test_every_linear_layer_of_an_encoder_is_in_a_group_where_that_is_asked_for():
+    net, block = bert(), "encoder.layers.0"
+    assert find_groups(net, Dataflow(net, ids()[:2]), explicit=True)[1] == []
+    assert hows(net, ids()) == {
+        **{f"{block}.attention.{n}": "folded into encoder.embeddings.norm" for n in ("query", "key", "value")},
+        f"{block}.intermediate": f"folded into {block}.attention_norm",
+        f"{block}.attention.output": f"folded into {block}.attention.value",
+        f"{block}.output": "multiplied in front",
+        "head": "multiplied in front",
+    }
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@torch.no_grad()
+def test_the_network_computes_the_same_with_all_linear_layers_smoothed(name, alpha):
+    torch.manual_seed(0)
+    make, draw, _ = NETS[name]
+    net, x = alive(make()), draw()
+    model, rows = smoothed(net, x, [alpha], explicit=True)
+    expected = net(x)
+    assert (model(x) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    changed = {n for n, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    assert {layer for row in rows for layer in row.layers} == changed
+    for n in changed:
+        assert not torch.equal(model.get_submodule(n).weight, net.get_submodule(n).weight)
+
+
+@pytest.mark.parametrize("name", NETS)
+@torch.no_grad()
+def test_powers_of_two_change_no_bit_of_any_linear_layer(name, monkeypatch):
+    torch.manual_seed(0)
+    make, draw, _ = NETS[name]
+    net, x = alive(make()), draw()
+    exact = factors
+    monkeypatch.setattr(smoothquant, "factors", lambda *given: exact(*given).log2().round().exp2())
+    model, _ = smoothed(net, x, explicit=True)
+    assert torch.equal(model(x), net(x))
+
+
+def test_scales_of_values_and_of_what_is_multiplied_are_those_of_equation_4_by_hand():
+    # max|X| = 16, 1 and max|W| = 1, 4: s = sqrt(16 / 1), sqrt(1 / 4).
+    net = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("value", "output", "down")})
+    x = torch.tensor([[[16.0, 0.5], [-2.0, -1.0]]])
+    for layer in net.values():
+        layer.weight.data, layer.bias.data = torch.tensor([[0.5, -4.0], [-1.0, 3.0]]), torch.tensor([8.0, 1.0])
+    seen = {name: smoothquant.Seen(2) for name in ("output", "down")}
+    for one in seen.values():
+        one.update(x)
+    rows = smooth_(net, [Group("value", ("output",)), Group("", ("down",))], seen, RECIPE)
+    assert [row.how for row in rows] == ["folded into value", "multiplied in front"]
+    assert torch.equal(net["value"].weight.detach(), torch.tensor([[0.125, -1.0], [-2.0, 6.0]]))
+    assert torch.equal(net["value"].bias.detach(), torch.tensor([2.0, 2.0]))
+    for name in "output", "down":
+        assert torch.equal(net[name].weight.detach(), torch.tensor([[2.0, -2.0], [-4.0, 1.5]]))
+        assert torch.equal(net[name].bias.detach(), torch.tensor([8.0, 1.0]))
+    assert torch.equal(net["down"].factor, torch.tensor([0.25, 2.0]))
+
+
+class SelfAttention(nn.Module):
+    """Attention as torch has it, with heads that a test splits and joins."""
+
+    def __init__(self, split=None, join=None, also=None):
+        super().__init__()
+        self.split, self.join, self.also = split or self.heads, join or self.together, also
+        self.query, self.key, self.value, self.output = (nn.Linear(8, 8) for _ in range(4))
+
+    @staticmethod
+    def heads(x):
+        return x.view(*x.shape[:2], 2, 4).transpose(1, 2)
+
+    @staticmethod
+    def together(x):
+        return x.transpose(1, 2).flatten(2)
+
+    def forward(self, x):
+        v = self.value(x)
+        q, k = self.heads(self.query(x)), self.heads(self.key(x))
+        y = self.output(self.join(F.scaled_dot_product_attention(q, k, self.split(v))))
+        return y if self.also is None else y + self.also(v)
+
+
+ATTENTIONS = {
+    "torch's own": ({}, True),
+    "values read by another, too": ({"also": lambda v: v}, False),
+    "channels that change places": ({"join": lambda x: SelfAttention.together(x).flip(-1)}, False),
+    "heads that are interleaved": ({"split": lambda v: v.unflatten(-1, (4, 2)).permute(0, 3, 1, 2)}, False),
+    "tokens as channels": ({"split": lambda v: v.flatten(1).unflatten(-1, (2, 4, 6)).mT}, False),
+    "values that are bent": ({"split": lambda v: SelfAttention.heads(v.tanh())}, False),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+@torch.no_grad()
+def test_values_take_a_scale_where_each_channel_of_theirs_is_one_feature(name):
+    torch.manual_seed(0)
+    given, folds = ATTENTIONS[name]
+    net, x = SelfAttention(**given).eval(), tokens()
+    assert hows(net, x)["output"] == ("folded into value" if folds else "multiplied in front")
+    model, _ = smoothed(net, x, explicit=True)
+    assert torch.allclose(model(x), net(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_behind_a_norm_that_cannot_take_it_or_that_runs_twice_multiplies_itself():
+    net = alive(Readers(lambda net, h, y: net.fc(y) + h))
+    model, rows = smoothed(net, tokens(), explicit=True)
+    assert [(row.layers, row.how) for row in rows] == [(("fc",), "multiplied in front")]
+    with torch.no_grad():
+        assert torch.allclose(model(tokens()), net(tokens()), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_what_is_quantized_is_what_was_multiplied():
+    torch.manual_seed(0)
+    net, x = alive(PreNorm()), tokens()
+    model, _ = smoothed(net, x, [1.0], explicit=True)
+    h = model.gelu(model.up(model.norm(x)))
+    quantize_(model, RECIPE)
+    with calibrating(model):
+        model(x)
+    down = model.down
+    assert type(down) is QuantScaledLinear and down.input_quantizer.hi == pytest.approx(1, rel=1e-5)
+    q, w = down.input_quantizer(h * down.factor), down.weight_quantizer(down.weight)
+    bias = down.bias_quantizer(down.bias, down.input_quantizer, down.weight_quantizer)
+    assert torch.equal(down(h), F.linear(q, w, bias))
+
+
+def test_values_behind_gelu_stay_of_one_sign_behind_a_positive_factor_alone():
+    net, x = alive(PreNorm()), tokens()
+    model, _ = smoothed(net, x, explicit=True)
+    assert Dataflow(model, x).one_sided() == Dataflow(net, x).one_sided() == {"down.input"}
+    model.down.factor[0] = -1.0
+    assert Dataflow(model, x).one_sided() == set()
+
+
+def lone_layer(x: torch.Tensor, alpha: float, recipe: Recipe, sample: int) -> tuple[nn.Module, float, float]:
+    """A layer smoothed by alpha and calibrated on all tokens; its error and its SQNR on those that are kept."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 5, bias=False))
+    model, groups = copy.deepcopy(net), [Group("", ("0",))]
+    with torch.no_grad(), observing_inputs(model, groups, sample) as seen:
+        model(x)
+    rows = seen["0"].rows()
+    smooth_(model, groups, seen, recipe, [alpha])
+    quantize_(model, recipe)
+    with calibrating(model), torch.no_grad():
+        model(x)
+    with torch.no_grad():
+        error, signal = (float(y.double().square().sum()) for y in (model(rows) - net(rows), net(rows)))
+    return net, error, 10 * math.log10(signal / error)
+
+
+@pytest.mark.parametrize("sample", [20, 1024])
+def test_the_search_knows_the_range_of_all_tokens_and_takes_what_brute_force_takes(sample):
+    x = tokens(50) * torch.linspace(0.1, 3, 8) ** 3
+    x[0, 0] *= 10  # which is none of 20 tokens
+    x = F.gelu(x)
+    by_force = {alpha: lone_layer(x, alpha, RECIPE, sample)[1:] for alpha in ALPHAS}
+    net, groups = lone_layer(x, 0.5, RECIPE, sample)[0], [Group("", ("0",))]
+    with torch.no_grad(), observing_inputs(net, groups, sample) as seen:
+        net(x)
+    (row,) = smooth_(net, groups, seen, RECIPE, ALPHAS)
+    assert row.alpha == min(by_force, key=lambda alpha: by_force[alpha][0])
+    assert row.sqnr_db == pytest.approx({alpha: sqnr for alpha, (_, sqnr) in by_force.items()}, abs=1e-3)
+
+
+@pytest.mark.parametrize("engine", [OnnxRuntime(), OpenVino()], ids=lambda engine: engine.name)
+def test_engines_multiply_before_they_quantize_and_run_all_layers_in_int8(engine):
+    net, x = bert(), ids()
+    flow = Dataflow(net, x[:2])
+    recipe = engine.recipe(Recipe(activation=Scheme(IntegerGrid(8, "affine"))), flow)
+    model, _ = smoothed(net, x, [0.8], recipe, explicit=True)
+    quantize_(model, recipe, in_float=flow.normalized_additions())
+    with calibrating(model), torch.no_grad():
+        model(x)
+    graph = export_quantized(model, flow)
+    writers = {tensor: node for node in graph.graph.node for tensor in node.output}
+    for name in "encoder.layers.0.output", "head":
+        quantize = next(node for node in graph.graph.node if node.name == f"{name}.input")
+        assert quantize.op_type == "QuantizeLinear"
+        multiply = writers[quantize.input[0]]
+        assert (multiply.op_type, multiply.name) == ("Mul", f"{name}/Mul")
+    simulation = simulation_for(engine, model, flow)
+    deployment = deploy(engine, graph, simulation, flow, 1)
+    assert deployment.mac_coverage == 1.0 and deployment.islands(flow) == []
+    (logits,) = start(engine, deployment.artefact.model, tuple(x.shape), 1).run(x.numpy())
+    with torch.no_grad():
+        assert torch.allclose(torch.from_numpy(logits), simulation(x), rtol=1e-2, atol=1e-2)
