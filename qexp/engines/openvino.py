@@ -99,6 +99,9 @@ class OpenVinoSession:
             # Its default would quantize the inputs of linear layers with int8 weights, asked or not.
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": self._group,
         }
+        if shape[0] == 1 and _multiplies_codes(model):
+            # The kernel that it generates for attention in int8 is wrong for a batch of one (OpenVINO 2026.4).
+            self._options["SNIPPETS_MODE"] = "DISABLE"
         self._compiled = core.compile_model(graph, "CPU", self._options)
         # OpenVINO calls a node that returns an output of the graph by the name of that output.
         outputs = {output.name for output in model.graph.output}
@@ -131,6 +134,19 @@ class OpenVinoSession:
                 if name not in found or info["layerType"] in PRODUCTS:
                     found[name] = kind
         return {name: found[behind] for name, behind in self._behind.items() if behind in found} | found
+
+
+def _multiplies_codes(model: onnx.ModelProto) -> bool:
+    """Whether a product of two activations reads codes, and no weights."""
+    makers = {output: node for node in model.graph.node for output in node.output}
+    stored = {tensor.name for tensor in model.graph.initializer}
+
+    def is_quantized_activation(name: str) -> bool:
+        node = makers.get(name)
+        return node is not None and node.op_type == "DequantizeLinear" and node.input[0] not in stored
+
+    products = [node for node in model.graph.node if node.op_type == "MatMul"]
+    return any(all(map(is_quantized_activation, node.input)) for node in products)
 
 
 def _quantizes_dynamically(size: int, options: dict[str, object]) -> bool:
