@@ -77,7 +77,8 @@ class Settings:
             return f"{choice} fp32 s{self.seed}"
         smoothed = f" {self.smoothed}" if self.smoothed else ""
         tuned = "" if self.finetune is None else f" {self.config['finetune']['name']}"
-        schemes = f"{recipe.weight.granularity} {recipe.activation.calibration}"
+        ranges = "dynamic" if recipe.activation.dynamic else recipe.activation.calibration
+        schemes = f"{recipe.weight.granularity} {ranges}"
         return f"{choice} {bits} {schemes}{smoothed}{tuned} s{self.seed}"
 
 
@@ -223,6 +224,10 @@ def _refuse_what_does_not_combine(plain: dict[str, Any]) -> None:
             "fold_batchnorm=false: is for method=ptq; finetune.batchnorm says how BatchNorm is trained in method=qat"
         )
     outlier = plain["data"].get("calibration_outlier", 1)
+    if outlier != 1 and plain["method"]["name"] == "dynamic" and plain["smoothing"].get("alpha") is None:
+        raise ConfigError(
+            f"data.calibration_outlier={outlier}: is for calibration alone, but method=dynamic calibrates no activation"
+        )
     if outlier != 1 and plain["finetune"].get("reestimate"):
         raise ConfigError(
             f"data.calibration_outlier={outlier}: is for calibration alone, but finetune.reestimate=true trains on it"

@@ -77,6 +77,20 @@ REFUSED = {
     "calibration=aciq calibration.weight.distribution=x": "calibration.weight.distribution='x': allowed are laplace",
     "calibration=hqo calibration.weight.p=2": "calibration.weight.p=2: must be at most 1",
     "calibration=moving_average calibration.activation.constant=0": "calibration.activation.constant=0: allowed are",
+    "method=dynamic calibration=moving_average": (
+        "calibration.activation=moving_average(0.01): averages over batches, but ranges of per_tensor are of each call"
+    ),
+    "method=dynamic calibration=cross_entropy": "calibration.logits=cross_entropy(100): nothing is calibrated where",
+    "method=dynamic data.calibration_outlier=9": "data.calibration_outlier=9: is for calibration alone, but method=dyn",
+    "method=dynamic finetune=ste": "finetune=ste: method=dynamic does not train after quantization; choose method=qat",
+    "method=dynamic fold_batchnorm=false finetune=lsq": "finetune=lsq: method=dynamic does not train",
+    "method=dynamic engine=onnxruntime calibration=percentile": (
+        "engine=onnxruntime: cannot run it, because activations are uint8 affine, per_tensor, percentile(99.99), "
+        "dynamic, which no engine computes in each call"
+    ),
+    "method=dynamic engine=openvino quantizer=int4": (
+        "engine=openvino: cannot run it, because activations are uint4 affine, per_tensor, minmax, dynamic, which no"
+    ),
     "rounding=stochastic rounding.weight.seed=-1": "rounding.weight.seed=-1: must be an integer of at least 0",
     "rounding=up": "rounding=up: no such option; allowed are ceil, floor, half_away, half_even, stochastic",
     "rounding.weight._target_=qexp.quant.grid.IntegerGrid": "must be a Rounding, not IntegerGrid",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from dataclasses import dataclass, field, replace
 
-from qexp.quant.calibration import Calibration, MinMax
+from qexp.quant.calibration import Calibration, MinMax, MovingAverage
 from qexp.quant.granularity import Granularity, PerChannel, PerColumn, PerGroup, PerTensor, PerToken
 from qexp.quant.grid import Grid, IntegerGrid
 from qexp.quant.rounding import HalfEven, Rounding
@@ -97,6 +97,11 @@ class Recipe:
         for tensor, scheme in ("weight", self.weight), ("activation", self.activation):
             if scheme.calibration.needs_rows:
                 raise ValueError(f"calibration.{tensor}={scheme.calibration}: is for calibration.logits alone")
+        if self.activation.of_call and isinstance(self.activation.calibration, MovingAverage):
+            raise ValueError(
+                f"calibration.activation={self.activation.calibration}: averages over batches, but ranges of "
+                f"{self.activation.granularity} are of each call; choose minmax"
+            )
         # The statistics of a weight, and of what is calibrated in each call, are its own values.
         if not self.activation.of_call:
             for tensor, calibration in ("activation", self.activation.calibration), ("logits", self.logits):
