@@ -22,7 +22,7 @@ from qexp.store import TensorCache
 ROWS = 1024  # tokens that a search compares on
 SAME = 1e-3  # of the largest logit: float32 rounds otherwise, a scale that was missed is far more
 COLUMNS = (
-    "source", "layers", "how", "alpha", "largest_scale", "outliers_before", "outliers_after", "sqnr_db", "reason",
+    "norm", "layers", "how", "alpha", "largest_scale", "outliers_before", "outliers_after", "sqnr_db", "reason",
 )  # fmt: skip
 
 
@@ -36,7 +36,7 @@ def require_groups(net: nn.Module, flow: Dataflow, settings: Settings) -> None:
 def _groups(net: nn.Module, flow: Dataflow, settings: Settings) -> tuple[list[Group], list[Smoothed]]:
     groups, others = find_groups(net, flow, settings.smooths_all)
     if not groups:
-        why = next((f" ({row.source}: {row.reason})" for row in others if row.source), "")
+        why = next((f" ({row.norm}: {row.reason})" for row in others if row.norm), "")
         lacking = (
             "linear layer of its own" if settings.smooths_all else "LayerNorm that feeds linear layers and nothing else"
         )
@@ -116,7 +116,7 @@ def table(rows: list[Smoothed]) -> tuple[list[str], list[list[Any]]]:
     columns = [*COLUMNS, *(f"sqnr_db_alpha_{alpha:g}" for alpha in candidates)]
     return columns, [
         [
-            row.source, ", ".join(row.layers), row.how, row.alpha, row.largest, *(row.outliers or (None, None)),
+            row.norm, ", ".join(row.layers), row.how, row.alpha, row.largest, *(row.outliers or (None, None)),
             row.sqnr_db.get(row.alpha), row.reason, *(row.sqnr_db.get(alpha) for alpha in candidates),
         ]
         for row in rows

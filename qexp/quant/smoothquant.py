@@ -8,8 +8,9 @@ Y = (X diag(s)^-1) (diag(s) W) = X' W',   s_j = max|X_j|^alpha / max|W_j|^(1 - a
 
 s goes into the columns of all linear layers that read X, and 1/s into the LayerNorm that writes it. Where a residual
 connection reads X, too, as in every encoder with the norm behind the sum, its `Add` multiplies by s. Further than the
-paper goes what is done on demand: attention mixes tokens and no channels, X = P V, so that 1/s of its output layer goes
-into the rows of the layer that makes V; and any other linear layer, as behind GELU, multiplies X by 1/s itself.
+paper goes what is done on demand: any other linear layer, as behind GELU or attention, multiplies X by 1/s itself.
+(Attention mixes tokens and no channels, so that the layer of values could take the 1/s of its output layer; but values
+that are quantized themselves lose more by it than the layer gains.)
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from qexp.quant.calibration import MinMax
-from qexp.quant.dataflow import ADDITIONS, MOVES, Dataflow, aten
+from qexp.quant.dataflow import ADDITIONS, Dataflow, aten
 from qexp.quant.layers import Add, multiply_in_front_
 from qexp.quant.observers import RowSample
 from qexp.quant.quantizer import Mode, Quantizer
@@ -44,28 +45,23 @@ BENT = (  # f(x / s) is no f(x) times anything
     aten.gelu.default, aten.silu.default, aten.tanh.default, aten.sigmoid.default, aten.softmax.int,
     aten.hardtanh.default,
 )  # fmt: skip
-# P V: a product whose operand of that place has tokens as rows and channels as columns.
-ATTENDING = {
-    aten.matmul.default: 1, aten.bmm.default: 1, aten.scaled_dot_product_attention.default: 2,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Group:
-    """Linear layers that read one tensor X, what takes 1/s, and the sides ("add.a") of additions that read X, too.
+    """A LayerNorm, all linear layers that read what it writes, and the sides ("add.a") of additions that do, too.
 
-    `source` is a LayerNorm or the linear layer that makes the values of attention; where it is "", the one layer of the
-    group multiplies by 1/s itself.
+    Where `norm` is "", the one layer of the group multiplies what it reads by 1/s itself.
     """
 
-    source: str
+    norm: str
     layers: tuple[str, ...]
     sides: tuple[str, ...] = ()
 
     @property
     def how(self) -> str:
         """Where 1/s has gone."""
-        return f"folded into {self.source}" if self.source else "multiplied in front"
+        return f"folded into {self.norm}" if self.norm else "multiplied in front"
 
 
 @dataclass(frozen=True)
@@ -76,7 +72,7 @@ class Smoothed:
     `sqnr_db` has the candidates.
     """
 
-    source: str
+    norm: str
     layers: tuple[str, ...]
     how: str = ""
     alpha: float | None = None
@@ -127,33 +123,24 @@ def find_groups(model: nn.Module, flow: Dataflow, explicit: bool = False) -> tup
     >>> net = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)).eval()
     >>> groups, others = find_groups(net, Dataflow(net, torch.zeros(2, 4)))
     >>> groups
-    [Group(source='0', layers=('1',), sides=())]
+    [Group(norm='0', layers=('1',), sides=())]
     >>> [(row.layers, row.reason) for row in others]
     [(('3',), 'fed by gelu, which a scale cannot pass')]
     >>> find_groups(net, Dataflow(net, torch.zeros(2, 4)), explicit=True)[0][1].how
     'multiplied in front'
     """
     groups, refused = _behind_norms(model, flow)
-    linear = [node for node in flow.nodes if _is_linear(flow, node)]
+    fed_by: dict[str, str] = {}  # each linear layer, and what feeds it
+    for node in flow.nodes:
+        name = flow.layer(node)
+        if node.target is aten.linear.default and type(flow.modules.get(name)) is nn.Linear:
+            fed_by.setdefault(name, _fed_by(flow, node))
     if explicit:
         grouped = {name for group in groups for name in group.layers}
-        values = _values(flow)
-        alone = dict.fromkeys(flow.layer(node) for node in linear)
-        groups += [Group(values.get(name, ""), (name,)) for name in alone if name not in grouped]
-    grouped = {name for group in groups for name in group.layers}
-    left = (replace(row, layers=tuple(name for name in row.layers if name not in grouped)) for row in refused)
-    others = [row for row in left if row.layers]
-    named = grouped.union(*(row.layers for row in others))
-    fed_by = {
-        flow.layer(node): _fed_by(flow, node) for node in reversed(linear)
-    }  # of a layer that runs twice, the first
-    return groups, others + [
-        Smoothed("", (name,), reason=fed_by[name]) for name in reversed(fed_by) if name not in named
-    ]
-
-
-def _is_linear(flow: Dataflow, node: fx.Node) -> bool:
-    return node.target is aten.linear.default and type(flow.modules.get(flow.layer(node))) is nn.Linear
+        alone = [Group("", (name,)) for name in fed_by if name not in grouped]
+        return groups + alone, [row for row in refused if not fed_by.keys() >= set(row.layers)]
+    named = {name for row in (*groups, *refused) for name in row.layers}
+    return groups, refused + [Smoothed("", (name,), reason=why) for name, why in fed_by.items() if name not in named]
 
 
 def _behind_norms(model: nn.Module, flow: Dataflow) -> tuple[list[Group], list[Smoothed]]:
@@ -171,59 +158,6 @@ def _behind_norms(model: nn.Module, flow: Dataflow) -> tuple[list[Group], list[S
                 sides = tuple(side for reader, source in readers for side in _sides(flow, reader, source))
                 groups.append(Group(norm, layers, sides))
     return groups, refused
-
-
-def _values(flow: Dataflow) -> dict[str, str]:
-    """Output layer of an attention -> the layer that makes its values, where channel j of the one feeds j of the other.
-
-    Both run once, and nobody else reads what is in between.
-    """
-    once = {flow.layer(node): node for node in flow.nodes if _is_linear(flow, node)}
-    once = {name: node for name, node in once.items() if len(flow.calls[name]) == 1}
-    readers = {name: _reader_of_values(node) for name, node in once.items()}
-    names = {reader: flow.layer(reader) for reader in readers.values() if reader is not None}
-    return {names[reader]: name for name, reader in readers.items() if reader is not None and names[reader] in once}
-
-
-def _reader_of_values(node: fx.Node) -> fx.Node | None:
-    """The linear layer that reads P V, where V is what this one makes; None where channels do not stay what they are.
-
-    Numbers of channels go the way of the values: moves move them, and P mixes the rows of V, so that the number has to
-    be the same in all rows.
-    """
-    channels, crossed = torch.arange(_shape(node)[-1]), False
-    numbers = channels.expand(_shape(node))
-    while len(node.users) == 1:
-        (reader,) = node.users
-        if reader.target in (*PASSED, *SHAPED, *MOVES) and reader.args[0] is node:
-            numbers = _moved(numbers, reader)
-        elif reader.target in ATTENDING and reader.args[ATTENDING[reader.target]] is node and not crossed:
-            if not bool((numbers == numbers[..., :1, :]).all()):
-                return None
-            numbers, crossed = numbers[..., :1, :].expand(_shape(reader)), True
-        elif reader.target is aten.linear.default and reader.args[0] is node and crossed:
-            same = numbers.shape[-1] == len(channels) and bool((numbers == channels).all())
-            return reader if same else None
-        else:
-            return None
-        node = reader
-    return None
-
-
-def _moved(numbers: Tensor, mover: fx.Node) -> Tensor:
-    # What can be viewed in the network may lie otherwise in memory here.
-    move = aten.reshape.default if mover.target is aten.view.default else mover.target
-    return move(numbers, *fx.map_arg(mover.args[1:], _size), **fx.map_arg(mover.kwargs, _size))
-
-
-def _shape(node: fx.Node) -> list[int]:
-    return [_size(size) for size in node.meta["val"].shape]
-
-
-def _size(size: fx.Node | torch.SymInt | int) -> int:
-    """A size as it was when the graph was traced."""
-    size = size.meta["val"] if isinstance(size, fx.Node) else size
-    return size.node.hint if isinstance(size, torch.SymInt) else size
 
 
 def _readers(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
@@ -392,11 +326,11 @@ def smooth_(
     >>> torch.allclose(net(x), before, atol=1e-6), bool((net[0](x).abs().amax(0) - 1).abs().max() < 1e-6)
     (True, True)
     """
-    rows, chosen = [], []
+    rows = []
     for group in groups:
         counted = [name for name in group.layers if not recipe.excludes(name)]
         if not counted:
-            rows.append(Smoothed(group.source, group.layers, reason="all of its layers are excluded"))
+            rows.append(Smoothed(group.norm, group.layers, reason="all of its layers are excluded"))
             continue
         known, weights = seen[group.layers[0]], [model.get_submodule(name).weight for name in counted]
         of_weights, largest = torch.stack([w.abs().amax(0) for w in weights]).amax(0), known.largest
@@ -404,11 +338,9 @@ def smooth_(
         sqnr_db = _compared(known, weights, candidates, recipe, counted) if len(candidates) > 1 else {}
         alpha = max(sqnr_db, key=sqnr_db.get) if sqnr_db else alphas[0]
         s = candidates[alpha]
-        chosen.append((group, s))
-        outliers = _outlier_ratio(largest.double()), _outlier_ratio(largest.double() / s)
-        rows.append(Smoothed(group.source, group.layers, group.how, alpha, float(s.max()), outliers, sqnr_db))
-    for group, s in chosen:  # at last, so that none sees what another has done: values are in two groups
         _fold_(model, group, s)
+        outliers = _outlier_ratio(largest.double()), _outlier_ratio(largest.double() / s)
+        rows.append(Smoothed(group.norm, group.layers, group.how, alpha, float(s.max()), outliers, sqnr_db))
     return rows
 
 
@@ -433,16 +365,15 @@ def _fold_(model: nn.Module, group: Group, s: Tensor) -> None:
     """Put s into the readers and 1/s before them. Parameters are new, because another module may share the old ones."""
     for layer in map(model.get_submodule, group.layers):
         layer.weight = nn.Parameter((layer.weight.double() * s).to(layer.weight.dtype))
-        if not group.source:
+        if not group.norm:
             multiply_in_front_(layer, (1 / s).to(layer.weight.dtype))
-    if group.source:
-        source = model.get_submodule(group.source)  # gamma and beta (C,), or weight (C, in) and bias (C,)
+    if group.norm:
+        norm = model.get_submodule(group.norm)
         for name in "weight", "bias":
-            if (values := getattr(source, name)) is not None:
-                scaled = values.double() / s.view(-1, *[1] * (values.dim() - 1))
-                setattr(source, name, nn.Parameter(scaled.to(values.dtype)))
+            if (values := getattr(norm, name)) is not None:
+                setattr(norm, name, nn.Parameter((values.double() / s).to(values.dtype)))
     for side in group.sides:
         name, _, which = side.rpartition(".")
         add = model.get_submodule(name)
         before = getattr(add, f"{which}_factor")
-        setattr(add, f"{which}_factor", s.to(source.weight.dtype) if before is None else (s * before).to(before.dtype))
+        setattr(add, f"{which}_factor", s.to(norm.weight.dtype) if before is None else (s * before).to(before.dtype))
