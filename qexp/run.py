@@ -16,6 +16,7 @@ from qexp import caches, passes, prepare, record, smoothing
 from qexp.engines.base import Engine, EngineRefused
 from qexp.engines.deploy import activation_schemes, certify_deployment, deploy, measure, simulation_for
 from qexp.engines.export import export_quantized
+from qexp.engines.parity import sqnr_of_batch
 from qexp.engines.saturation import saturates
 from qexp.finetuning import finetune_, finished_
 from qexp.flat import Landscape, landscape
@@ -301,6 +302,8 @@ def _deploy(
             raise EngineRefused(engine, "it would run every layer in float, which is not timed as int8")
         batches = passes.counted(job.data.test_dataloader(), update)
         logits = certify_deployment(deployment, batches, threads)
+        inputs = _timed_batch(job)
+        figures["parity/timed_sqnr_db"] = sqnr_of_batch(engine, deployment.artefact.model, simulation, inputs, threads)
         figures |= record.deployment_metrics(deployment, job.flow)
         figures["acc/drop"] = job.metrics["acc/fp32"] - figures["acc/engine"]
         figures["agree/argmax"] = passes.agreement(torch.from_numpy(logits), job.reference)
@@ -334,12 +337,15 @@ def _simulate(
     return figures, noise
 
 
+def _timed_batch(job: Run) -> Tensor:
+    """The first test samples, again and again if need be: as many as latency is measured with."""
+    size, images = job.engine["batch_size"], next(iter(job.data.test_dataloader()))[0]
+    return images.repeat(-(-size // len(images)), *[1] * (images.dim() - 1))[:size].contiguous()
+
+
 def _measure(job: Run, by_engine: dict[str, dict[str, Any]]) -> str | None:
     """Latency of all engines, interleaved; the name of the one that is fastest in what the run is about."""
-    section = job.engine
-    images = next(iter(job.data.test_dataloader()))[0]
-    images = images.repeat(-(-section["batch_size"] // len(images)), *[1] * (images.dim() - 1))
-    batch = images[: section["batch_size"]].contiguous()
+    section, batch = job.engine, _timed_batch(job)
     while job.engines:
         with terminal.stage(f"latency, batch {len(batch)}, {section['threads']} thread(s), interleaved", live=False):
             try:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
+import onnx
 import torch
 from torch import Tensor, nn
 
@@ -77,6 +78,17 @@ def certify(
             sessions = plain, start(engine, artefact.with_code_outputs(), shape, threads)
         _compare(certificate, sessions, artefact, simulation, _padded(images, shape[0]), labels)
     return certificate
+
+
+@torch.no_grad()
+def sqnr_of_batch(engine: Engine, model: onnx.ModelProto, simulation: nn.Module, inputs: Tensor, threads: int) -> float:
+    """SQNR of the engine's outputs against the simulation's on one batch, whose size decides what an engine compiles.
+
+    Errors: EngineRefused.
+    """
+    (found,) = start(engine, model, tuple(inputs.shape), threads).run(np.ascontiguousarray(inputs.numpy()))
+    expected = simulation(inputs).double()
+    return sqnr_db(expected.square().sum(), (expected - torch.from_numpy(found)).square().sum())
 
 
 def _compare(certificate, sessions, artefact: Artefact, simulation: nn.Module, images: Tensor, labels: Tensor) -> None:

@@ -43,6 +43,7 @@ if not output.is_terminal:
 
 LOG_EVERY_S = 20
 BEWARE = 0.01  # share of decisions in which engine and simulation may differ without a word
+DIFFERS_DB = 20  # below it, and so much below that of the other batches, logits are not those of the simulation
 LAYERS_AGREE = 0.999  # share of codes that are the same when each layer is given what the engine gave it
 
 Update = Callable[[int, int], None]  # called with what is done and what there is
@@ -250,6 +251,11 @@ def report(folder: Path, settings: Settings, look: str = "") -> None:
                     "through the network"
                 )
             output.print(f"{text}: {why}", markup=False)
+        output_db, timed_db = (metrics.get(f"{name}/parity/{key}_sqnr_db") for key in ("output", "timed"))
+        if timed_db is not None and timed_db < DIFFERS_DB and (output_db is None or timed_db < output_db - DIFFERS_DB):
+            batch = settings.config["engine"]["batch_size"]
+            text = f"beware: {name} at engine.batch_size={batch} computes something else than the simulation"
+            output.print(f"{text} (SQNR {timed_db:.1f} dB), so that its latency says nothing", markup=False)
     for name in engines or [""]:
         if told := _of_batch(name, metrics):
             output.print(told, markup=False)

@@ -22,6 +22,7 @@ METRICS = {
     "parity/local_identical": "the same where every layer is given the engine's own codes, over the first batch",
     "parity/local_max_step": "largest distance then",
     "parity/output_sqnr_db": "SQNR of the engine's logits against those of the simulation",
+    "parity/timed_sqnr_db": "the same on the batch that is timed, of engine.batch_size samples",
     "parity/argmax_flips": "samples that engine and simulation decide differently",
     "parity/faithful": "whether the graph that shows its codes equals the timed one to the bit",
     "int8/formats": "formats of activations that this engine was given",
