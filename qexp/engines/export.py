@@ -39,7 +39,10 @@ DIRECT = {
     torch.ops.onnx_symbolic._symbolic.default, aten.conv2d.default, aten.linear.default, aten.add.Tensor,
     aten.relu.default, aten.hardtanh.default, aten.mean.dim, aten.flatten.using_ints, aten.max_pool2d.default,
     aten.sym_size.int, aten.matmul.default, aten.mul.Tensor, aten.gelu.default, aten.layer_norm.default,
-    aten.softmax.int, aten.embedding.default, aten.transpose.int, aten.view.default,
+    aten.softmax.int, aten.embedding.default, aten.transpose.int, aten.view.default, aten.unflatten.int,
+    aten.unsqueeze.default, aten.slice.Tensor, aten.expand_as.default, aten.zeros_like.default, aten.eq.Scalar,
+    aten.ne.Scalar, aten.sum.dim_IntList, aten.clamp.default, aten.div.Tensor,
+    torch.ops.prims.convert_element_type.default,
 }  # fmt: skip
 SITE_OPERATORS = ("QuantizeLinear", "Clip", "DequantizeLinear", DYNAMIC)
 
@@ -121,6 +124,11 @@ def export_quantized(model: nn.Module, flow: Dataflow) -> onnx.ModelProto:
 def _decomposed_at_need(program: ExportedProgram) -> ExportedProgram:
     """Let the exporter, which would trace the graph once more for it, decompose operators only where it must."""
     decompose = program.run_decompositions
+    for node in list(program.graph.nodes):
+        if node.target is aten._assert_tensor_metadata.default:
+            program.graph.erase_node(node)
+        elif node.target is aten.to.dtype and len(node.args) == 2 and not node.kwargs:
+            node.target = torch.ops.prims.convert_element_type.default  # the same, and has an ONNX form
 
     def run_decompositions(table: dict) -> ExportedProgram:
         operators = {node.target for node in program.graph.nodes if node.op == "call_function"}
