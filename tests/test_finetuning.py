@@ -1,6 +1,7 @@
 """Fine-tuning from end to end: where it starts, what it leaves, how it goes on after a kill, what it refuses."""
 
 import csv
+import shutil
 import subprocess
 import sys
 import time
@@ -56,32 +57,56 @@ def test_training_starts_from_the_result_of_ptq_and_changes_it(outputs):
     assert float(rows[-1]["weight_change"]) == qat.metrics["finetune/weight_change"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_is_settled_is_what_was_evaluated(outputs, kind, monkeypatch):
-    images = torch.rand(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    seen = {}
+@pytest.fixture(scope="module")
+def whole(outputs):
+    """Undisturbed trainings by kind, with logits right before and after they were settled; each is made once."""
+    images, made = torch.rand(32, 1, 8, 8, generator=torch.Generator().manual_seed(0)), {}
     settle_ = finetuning._settle_
 
-    def looking(model):
-        for quantizer in quantizers(model):
-            quantizer.mode = finetuning.Mode.QUANTIZE
-        with torch.no_grad():
-            seen["before"] = model.eval()(images)
-        settle_(model)
-        with torch.no_grad():
-            seen["after"] = model.eval()(images)
+    def whole(kind):
+        seen = {}
 
-    monkeypatch.setattr(finetuning, "_settle_", looking)
-    job = start(outputs, f"finetune={kind}", *EPOCHS)
+        def looking(model):
+            for quantizer in quantizers(model):
+                quantizer.mode = finetuning.Mode.QUANTIZE
+            with torch.no_grad():
+                seen["before"] = model.eval()(images)
+            settle_(model)
+            with torch.no_grad():
+                seen["after"] = model.eval()(images)
+
+        if kind not in made:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(finetuning, "_settle_", looking)
+                made[kind] = start(outputs, *in_full(kind)), seen
+        return made[kind]
+
+    return whole
+
+
+def in_full(kind):
+    return [f"finetune={kind}", *EPOCHS, "finetune.distill=0.5", "finetune.gradual=[8]"]
+
+
+@pytest.fixture
+def beside(outputs, whole, tmp_path):
+    """A folder for outputs with the float network of all others in it."""
+    whole(KINDS[0])
+    shutil.copytree(outputs / "cache", tmp_path / "cache")
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_settled_is_what_was_evaluated(whole, kind):
+    job, seen = whole(kind)
     assert torch.equal(seen["before"], seen["after"])
     assert not [name for name, _ in job.quantized.named_parameters() if "learned" in name]
     assert all(quantizer.estimator is None for quantizer in quantizers(job.quantized))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_killed_training_goes_on_and_ends_as_an_undisturbed_one(outputs, tmp_path, kind, monkeypatch):
-    chosen = [f"finetune={kind}", *EPOCHS, "finetune.distill=0.5", "finetune.gradual=[8]"]
-    whole = start(outputs, *chosen)
+def test_a_killed_training_goes_on_and_ends_as_an_undisturbed_one(whole, beside, kind, monkeypatch):
+    undisturbed, _ = whole(kind)
     begin = ExecuteFineTune.on_train_epoch_start
 
     def killed(self, trainer, task):
@@ -91,8 +116,8 @@ def test_a_killed_training_goes_on_and_ends_as_an_undisturbed_one(outputs, tmp_p
 
     monkeypatch.setattr(ExecuteFineTune, "on_train_epoch_start", killed)
     with pytest.raises(SystemExit):
-        start(tmp_path, *chosen)
-    assert not list(tmp_path.glob("runs/*"))
+        start(beside, *in_full(kind))
+    assert not list(beside.glob("runs/*"))
     epochs = []
 
     def counted(self, trainer, task):
@@ -100,25 +125,25 @@ def test_a_killed_training_goes_on_and_ends_as_an_undisturbed_one(outputs, tmp_p
         begin(self, trainer, task)
 
     monkeypatch.setattr(ExecuteFineTune, "on_train_epoch_start", counted)
-    resumed = start(tmp_path, *chosen)
+    resumed = start(beside, *in_full(kind))
     assert epochs == [2]
-    assert equal(state(whole), state(resumed))
-    assert whole.history == resumed.history
-    assert not list(tmp_path.glob(".unfinished/*.finetune"))
+    assert equal(state(undisturbed), state(resumed))
+    assert undisturbed.history == resumed.history
+    assert not list(beside.glob(".unfinished/*.finetune"))
 
 
-def test_a_kill_at_any_moment_leaves_what_the_same_command_finishes(outputs, tmp_path):
+def test_a_kill_at_any_moment_leaves_what_the_same_command_finishes(outputs, beside):
     chosen = ["finetune=lsq", "finetune.epochs=8"]
     whole = start(outputs, *chosen)
-    command = [sys.executable, "-m", "qexp", *FAST, *chosen, f"paths.outputs={tmp_path}"]
+    command = [sys.executable, "-m", "qexp", *FAST, *chosen, f"paths.outputs={beside}"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     waited = time.monotonic()
-    while not list(tmp_path.glob(".unfinished/*.finetune/last.ckpt")) and time.monotonic() - waited < 60:
+    while not list(beside.glob(".unfinished/*.finetune/last.ckpt")) and time.monotonic() - waited < 60:
         time.sleep(0.01)
     process.kill()
     process.wait()
-    assert not list(tmp_path.glob("runs/*/metrics.json")), "the run ended before it could be killed"
-    assert equal(state(whole), state(start(tmp_path, *chosen)))
+    assert not list(beside.glob("runs/*/metrics.json")), "the run ended before it could be killed"
+    assert equal(state(whole), state(start(beside, *chosen)))
 
 
 def test_a_damaged_checkpoint_is_told_and_not_read(outputs, monkeypatch):
