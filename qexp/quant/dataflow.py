@@ -92,6 +92,14 @@ class Dataflow:
         names = [self.layer(node) for node in self.nodes]
         self.calls = {name: [n for n, owner in zip(self.nodes, names, strict=True) if owner == name] for name in names}
 
+    def holds(self, model: nn.Module) -> bool:
+        """Whether the graph has this model's own tensors, so that whatever values they get are those of the graph."""
+        named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+        return all(
+            name in named and (named[name].data_ptr(), named[name].shape) == (tensor.data_ptr(), tensor.shape)
+            for name, tensor in self.program.state_dict.items()
+        )
+
     @staticmethod
     def layer(node: fx.Node) -> str:
         """Name of the innermost module that made this node; "" is the model itself."""

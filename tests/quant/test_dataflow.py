@@ -261,3 +261,17 @@ def test_a_model_that_depends_on_its_data_is_refused_in_one_sentence():
 
     with pytest.raises(NotExportable, match="^Dependent cannot be exported: [^\n]*$"):
         Dataflow(Dependent(), torch.ones(2, 2))
+
+
+def test_a_graph_that_holds_the_tensors_of_a_model_computes_with_their_new_values():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), torch.randn(3, 4)
+    flow = Dataflow(net.eval(), x[:2])
+    net.train()(100 * x)
+    with torch.no_grad():
+        net[0].weight.mul_(3)
+    assert flow.holds(net.eval())
+    torch.testing.assert_close(flow.program.module()(x), net(x), rtol=0, atol=0)
+    assert not flow.holds(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+    net[0].weight = nn.Parameter(net[0].weight.detach() + 1)
+    assert not flow.holds(net)
