@@ -6,6 +6,8 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
+import onnxruntime
 import pytest
 import yaml
 from PIL import Image
@@ -98,6 +100,13 @@ def test_layers_csv_has_a_row_for_each_site(usual):
     assert all(math.isfinite(float(row["sqnr_db"])) for row in rows)
 
 
+def test_the_float_graph_is_that_of_the_trained_network(usual):
+    images = next(iter(usual.data.test_dataloader()))[0]
+    session = onnxruntime.InferenceSession(usual.folder / "model_fp32.onnx", providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {"input": images.numpy()})
+    np.testing.assert_allclose(logits, usual.reference[: len(images)].numpy(), rtol=1e-4, atol=1e-4)
+
+
 def test_the_same_config_gives_the_same_result_to_the_bit(usual, tmp_path):
     again = start(tmp_path)
     assert again.folder.name == usual.folder.name
@@ -131,12 +140,14 @@ def trainings(monkeypatch) -> list[bool]:
     return found
 
 
-def test_only_what_changes_the_float_network_trains_it_again(usual, outputs, trainings):
+def test_only_what_changes_the_float_network_trains_it_again(outputs, trainings):
+    small = ["engine=none", "model.width=4", "data.calibration_size=32"]
+    accuracy = start(outputs, *small).metrics["acc/fp32"]
     for same in "calibration=percentile", "quantizer=int4", "data.calibration_size=16", "engine.threads=2":
-        assert start(outputs, "engine=none", same).metrics["acc/fp32"] == usual.metrics["acc/fp32"]
-        assert not trainings, same
-    for number, other in enumerate(["seed=1", "model.width=8", "trainer.lr=0.01", "data.train_share=0.4"], 1):
-        start(outputs, "engine=none", other)
+        assert start(outputs, *small, same).metrics["acc/fp32"] == accuracy
+        assert len(trainings) == 1, same
+    for number, other in enumerate(["seed=1", "model.width=5", "trainer.lr=0.01", "data.train_share=0.4"], 2):
+        start(outputs, *small, other)
         assert len(trainings) == number, other
 
 
@@ -374,12 +385,12 @@ class Moody(OnnxRuntime):
 
 
 @pytest.mark.parametrize(("batch", "method"), [("null", "ptq"), ("7", "ptq"), ("7", "fp32")])
-def test_an_engine_that_refuses_is_named_and_the_other_goes_on(tmp_path, monkeypatch, capsys, batch, method):
+def test_an_engine_that_refuses_is_named_and_the_other_goes_on(outputs, tmp_path, monkeypatch, capsys, batch, method):
     (tmp_path / "moody.py").write_text(MOODY)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "moody", raising=False)
     engines = ["+engine.engines.moody._target_=moody.Moody", f"+engine.engines.moody.batch={batch}"]
-    job = start(tmp_path, "engine=onnxruntime", "engine.batch_size=7", f"method={method}", *engines)
+    job = start(outputs, "engine=onnxruntime", "engine.batch_size=7", f"method={method}", *engines)
     assert job.metrics["engine/refused"] == "moody refuses the graph: not in the mood"
     assert "without moody: moody refuses the graph: not in the mood" in capsys.readouterr().out
     assert job.metrics["engine/winner"] == "onnxruntime"
@@ -387,20 +398,20 @@ def test_an_engine_that_refuses_is_named_and_the_other_goes_on(tmp_path, monkeyp
     assert not [path.name for path in job.folder.iterdir() if "moody" in path.name]
 
 
-def test_an_engine_that_would_run_in_float_is_not_timed_as_int8(tmp_path):
+def test_an_engine_that_would_run_in_float_is_not_timed_as_int8(outputs):
     # Weights with a zero point: OpenVINO has no int8 kernel for them, ONNX Runtime has.
-    job = start(tmp_path, "quantizer.weight.convention=affine")
+    job = start(outputs, "quantizer.weight.convention=affine")
     refusal = "openvino refuses the graph: it would run every layer in float, which is not timed as int8"
     assert job.metrics["engine/refused"] == refusal
     assert job.metrics["onnxruntime/int8/mac_coverage"] == 1
     assert not [name for name in job.metrics if name.startswith("openvino/")]
 
 
-def test_a_network_that_no_engine_runs_is_simulated_and_never_timed(tmp_path, monkeypatch):
+def test_a_network_that_no_engine_runs_is_simulated_and_never_timed(outputs, tmp_path, monkeypatch):
     (tmp_path / "moody.py").write_text(MOODY)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "moody", raising=False)
-    job = start(tmp_path, "engine=none", "+engine.engines.moody._target_=moody.Moody")
+    job = start(outputs, "engine=none", "+engine.engines.moody._target_=moody.Moody")
     assert job.metrics["acc/drop"] == job.metrics["acc/fp32"] - job.metrics["acc/sim"]
     assert not {"acc/engine", "engine/winner", "latency/int8_ms", "latency/fp32_ms"} & job.metrics.keys()
     assert {row["engine_int8"] for row in job.rows} == {False}
