@@ -38,7 +38,7 @@ def test_every_command_of_the_docs_composes(words, tmp_path):
             pytest.skip(str(error))
         raise
     assert jobs
-    assert all(job.settings.method in ("fp32", "ptq", "qat") for job in jobs)
+    assert all(job.settings.method in ("fp32", "ptq", "qat", "dynamic") for job in jobs)
 
 
 def test_the_table_of_metrics_is_that_of_the_code():
