@@ -75,7 +75,7 @@ def smoothing_cache(sketches: TensorCache, layers: list[str], rows: int) -> Tens
 
 
 def smoothed_sketches(sketches: TensorCache, alphas: dict[str, float], settings: Settings) -> TensorCache:
-    """The place of the sketches of a network after SmoothQuant, by the alpha of each group, named by its first layer."""
+    """The place of the sketches of a network after SmoothQuant, by the alpha of each group (named by a layer)."""
     determined_by = {
         "sketches": sketches.determined_by,
         "alphas": alphas,

@@ -47,6 +47,7 @@ class Run:
     engines: list[Engine]  # those that have not refused the network
     reference: Tensor  # logits of the float network on the test set
     sketches: TensorCache  # what calibration passes over this network have seen
+    recipe: Recipe  # of the quantized network
     metrics: dict[str, Any] = field(default_factory=dict)
     graphs: dict[str, onnx.ModelProto] = field(default_factory=dict)  # "fp32", and engine -> its int8 graph
     quantized: nn.Module | None = None
@@ -154,7 +155,7 @@ def _float_network(settings: Settings, outputs: Path, logger: Any) -> Run:
         task = passes.evaluate(settings, data, net, update)
     sketches = caches.sketch_cache(cache, settings)
     metrics = {"acc/fp32": passes.accuracy_of(task), "data/test_samples": len(task.logits)}
-    job = Run(settings, data, net, flow, engines, task.logits, sketches, metrics)
+    job = Run(settings, data, net, flow, engines, task.logits, sketches, settings.recipe, metrics)
     job.embeddings = getattr(task, "embeddings", None)
     job.float_network = cache.folder
     if engines:
@@ -183,12 +184,15 @@ def _float_only(job: Run) -> None:
 
 
 def _quantize(job: Run) -> None:
-    """Fold, swap, calibrate: the simulation with all its quantizers."""
-    if job.settings.method == "qat":  # which trains for all engines at once
-        for engine in list(job.engines):
-            job.settings = replace(job.settings, recipe=_recipe_for(job, engine))
+    """Fold, swap, calibrate: the simulation with all its quantizers.
+
+    Its formats are those of the first engine; what is to be trained, once and for all engines, has those of all.
+    """
+    if job.settings.simulation_only is None:
+        for engine in job.engines[: None if job.settings.method == "qat" else 1]:
+            job.recipe = _recipe_for(job, engine)
     start = time.perf_counter()
-    recipe, model = job.settings.recipe, _calibrated(job, job.settings.recipe)
+    recipe, model = job.recipe, _calibrated(job, job.recipe)
     job.metrics["time/calibrate_s"] = time.perf_counter() - start
     products = [(name, "product", "written as a function") for name in job.flow.functional_products()]
     sums = [(name, "addition", "written as a function") for name in job.flow.functional_additions()]
@@ -205,10 +209,10 @@ def _calibrated(job: Run, recipe: Recipe) -> nn.Module:
 def _recipe_for(job: Run, engine: Engine) -> Recipe:
     """The recipe with an engine's formats, or as it is for an engine that refuses it and is left out."""
     try:
-        return engine.recipe(job.settings.recipe, job.flow)
+        return engine.recipe(job.recipe, job.flow)
     except EngineRefused as error:
         job.refused(str(error), engine)
-        return job.settings.recipe
+        return job.recipe
 
 
 def _finetune(job: Run, folder: Path, logger: Any) -> None:
@@ -275,9 +279,9 @@ class _Models:
         """Errors: EngineRefused."""
         job = self.job
         trained = job.settings.method == "qat"
-        recipe = job.settings.recipe if trained else engine.recipe(job.settings.recipe, job.flow)
+        recipe = job.recipe if trained else engine.recipe(job.settings.recipe, job.flow)
         if recipe not in self.made:
-            model = job.quantized if recipe == job.settings.recipe else self._calibrated(recipe, engine)
+            model = job.quantized if recipe == job.recipe else self._calibrated(recipe, engine)
             with terminal.stage("exporting the int8 network to ONNX"):
                 try:
                     self.made[recipe] = model, export_quantized(model, job.flow)

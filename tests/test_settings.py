@@ -109,7 +109,7 @@ REFUSED = {
     "model.width=0": "model.width=0: must be a whole number of at least 1",
     "quantizer.weight.convention=[a]": "quantizer.weight.convention=['a']: allowed are affine",
     "quantizer.weight.bits=true": "quantizer.weight.bits=True: allowed are the integers 2 to 16",
-    "engine=none experiment=null": "experiment=null: no such option; allowed are after_qat, estimators,",
+    "engine=none experiment=null": "experiment=null: no such option; allowed are after_qat, dynamic_or_trained,",
     "experiment=wu2020/table6": "experiment=wu2020/table6: no such option; allowed are after_qat,",
     "engine.threads=2000": "engine.threads=2000: must be at most 1024",
     "paths.outputs=": "paths.outputs='': must be the path of a folder",

@@ -300,7 +300,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--length", type=int, default=128, help="tokens of a text, padding included")
     parser.add_argument("--most-per-class", type=int, default=50, help="texts of a class, half of them to test on")
-    parser.add_argument("--smoothing", default="smoothquant_search", help="of the static network")
+    parser.add_argument("--smoothing", default="smoothquant_all", help="of the static network")
     parser.add_argument("--seconds", type=float, default=20, help="a configuration; at least 20 rounds")
     parser.add_argument("--outputs", type=Path, help="keep runs and caches here")
     parser.add_argument("--json", type=Path, help="write the figures here")
