@@ -17,7 +17,7 @@ from qexp.store import StoreError, failure, record_failure, replace_text, runnin
 from qexp.sweep import distinct, lasting, sweep_id, to_run, write_plan, write_results
 
 ROOT = Path(__file__).parents[1]
-FAST = ["trainer.epochs=1", "engine=none"]
+FAST = ["trainer.epochs=1", "engine=none", "model.width=4"]
 GRID = ["calibration=minmax,mse", "quantizer=int8,w4a8"]
 
 
@@ -50,7 +50,7 @@ def test_a_sweep_that_was_killed_at_random_ends_with_the_same_bytes(undisturbed,
     made = set()
     for _ in range(4):
         process = sweep(tmp_path, *GRID, "logger.mode=offline")
-        time.sleep(draw.uniform(2, 9))
+        time.sleep(draw.uniform(2, 7))
         os.killpg(process.pid, 9)
         process.communicate()
         now = {path: path.stat().st_mtime_ns for path in tmp_path.glob("outputs/runs/*/metrics.json")}
