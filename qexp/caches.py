@@ -26,6 +26,7 @@ from qexp.quant.sketch import Sketch
 from qexp.settings import PREPARED, Settings
 from qexp.store import TensorCache
 from qexp.tasks.fp32 import Float32Task
+from qexp.tasks.ptq import PTQTask
 
 OF_CALIBRATION = ("calibration_size", "calibration_outlier")  # options of data that do not touch training
 
@@ -83,6 +84,21 @@ def smoothed_sketches(sketches: TensorCache, alphas: dict[str, float], settings:
         "sources": _source_hashes(smoothquant.smooth_),
     }
     return TensorCache(sketches.root, determined_by, sketches.remedy)
+
+
+def reference_cache(float_network: TensorCache, settings: Settings, data: pl.LightningDataModule) -> TensorCache:
+    """The place of what the float network answers over the test set: the hash of both."""
+    found = hashlib.sha256()
+    for batch in data.test_dataloader():
+        for tensor in batch:
+            found.update(tensor.contiguous().numpy().tobytes())
+    determined_by = {
+        "float network": float_network.determined_by,
+        **_made_of_it(settings),
+        "test data": found.hexdigest(),
+        "sources": _source_hashes(PTQTask, spread_channels_),
+    }
+    return TensorCache(float_network.root.parent / "reference", determined_by, "evaluate again")
 
 
 def graph_cache(float_network: TensorCache, settings: Settings) -> TensorCache:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from qexp import prepare, smoothing
+from qexp import caches, prepare, smoothing
 from qexp.metrics.sqnr import sqnr_db
 from qexp.quant.convert import calibrating, fold_batchnorm_, observing, quantize_, quantizers, recall_, targets
 from qexp.quant.dataflow import Dataflow
@@ -40,6 +41,39 @@ def evaluate(settings: Settings, data: pl.LightningDataModule, net: nn.Module, u
             hook.remove()
             task.embeddings = torch.cat(embeddings)
     return task
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the float network answers over the test set: logits, its accuracy, and what an encoder's head read."""
+
+    logits: Tensor
+    accuracy: float
+    embeddings: Tensor | None = None
+
+
+def reference(
+    settings: Settings, data: pl.LightningDataModule, net: nn.Module, float_network: TensorCache
+) -> Reference:
+    """The answers of the float network; an encoder's, whose pass takes long, are kept by the texts it saw."""
+    if not hasattr(net, "embed"):
+        return _reference(settings, data, net)
+    cache = caches.reference_cache(float_network, settings, data)
+    with cache.lock():
+        state = cache.load()
+        if state is None:
+            found = _reference(settings, data, net)
+            accuracy = torch.tensor(found.accuracy, dtype=torch.float64)
+            cache.save({"logits": found.logits, "accuracy": accuracy, "embeddings": found.embeddings})
+            return found
+    terminal.console.print("[dim]       -[/dim]  answers of the float network from the cache")
+    return Reference(state["logits"], float(state["accuracy"]), state["embeddings"])
+
+
+def _reference(settings: Settings, data: pl.LightningDataModule, net: nn.Module) -> Reference:
+    with terminal.stage("evaluating the float network") as update:
+        task = evaluate(settings, data, net, update)
+    return Reference(task.logits, accuracy_of(task), getattr(task, "embeddings", None))
 
 
 def counted(loader: DataLoader, update: terminal.Update) -> Iterator[tuple[Tensor, Tensor]]:

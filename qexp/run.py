@@ -151,12 +151,11 @@ def trained(settings: Settings, outputs: Path, logger: Any) -> Trained:
 def _float_network(settings: Settings, outputs: Path, logger: Any) -> Run:
     """The trained network evaluated and, where engines are to run it, in ONNX."""
     data, net, flow, engines, cache = trained(settings, outputs, logger.lightning)
-    with terminal.stage("evaluating the float network") as update:
-        task = passes.evaluate(settings, data, net, update)
+    reference = passes.reference(settings, data, net, cache)
     sketches = caches.sketch_cache(cache, settings)
-    metrics = {"acc/fp32": passes.accuracy_of(task), "data/test_samples": len(task.logits)}
-    job = Run(settings, data, net, flow, engines, task.logits, sketches, settings.recipe, metrics)
-    job.embeddings = getattr(task, "embeddings", None)
+    metrics = {"acc/fp32": reference.accuracy, "data/test_samples": len(reference.logits)}
+    job = Run(settings, data, net, flow, engines, reference.logits, sketches, settings.recipe, metrics)
+    job.embeddings = reference.embeddings
     job.float_network = cache.folder
     if engines:
         with terminal.stage("exporting the float network to ONNX"):

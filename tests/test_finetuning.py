@@ -17,7 +17,10 @@ from qexp.run import run
 from qexp.sections import ConfigError
 from qexp.store import StoreError, run_id
 
-FAST = ["model.width=4", "trainer.epochs=2", "quantizer=int4", "engine=none", "logger=none"]
+FAST = [
+    "model.width=4", "trainer.epochs=4", "data.batch_size=128", "data.calibration_size=64", "quantizer=int4",
+    "engine=none", "logger=none",
+]  # fmt: skip
 EPOCHS = ["finetune.epochs=3", "finetune.optimizer.lr=0.003"]
 KINDS = ["ste", "lsq", "stochastic", "low_precision", "batchnorm_corrected", "lsq_plus", "pact", "dorefa", "noise"]
 
