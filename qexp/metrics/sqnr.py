@@ -21,7 +21,7 @@ def sqnr_db(signal_power: Tensor | float, noise_power: Tensor | float) -> float:
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 
-PIECE = 2**15
+PIECE = 2**14  # so small that torch does not spread it over threads
 
 
 class QuantizationNoise(Metric):
@@ -43,11 +43,13 @@ class QuantizationNoise(Metric):
     def update(self, x: Tensor, quantized: Tensor, clipped: Tensor) -> None:
         """x and quantized of one shape; clipped is the number of values outside the representable range."""
         # Piece by piece, because copies in float64 of a whole activation would leave the caches.
+        signal = noise = 0.0
         for values, rounded in zip(x.reshape(-1).split(PIECE), quantized.reshape(-1).split(PIECE), strict=True):
             values = values.double()
             error = values - rounded.double()
-            self.signal += values @ values
-            self.noise += error @ error
+            signal, noise = signal + values @ values, noise + error @ error
+        self.signal += signal
+        self.noise += noise
         self.clipped += clipped
         self.count += x.numel()
 

@@ -37,13 +37,14 @@ from qexp.engines.onnxruntime import OnnxRuntime
 from qexp.engines.openvino import OpenVino
 from qexp.metrics.sqnr import sqnr_db
 from qexp.prepare import calibration_loader
-from qexp.run import Run, run
+from qexp.run import run, trained
 from qexp.settings import settings
+from qexp.store import run_id
 
 Infer = Callable[[np.ndarray], list[np.ndarray]]  # tokens (N, T) to logits and, of some, embeddings
 FLOAT, AGAIN = "OpenVINO fp32", "OpenVINO fp32 again (A/A)"
 PEERS = ("nncf", "torchao")
-EMBEDDING = "embedding"
+EMBEDDING = "what the head reads"
 console = Console(stderr=True, highlight=False)
 
 
@@ -57,21 +58,22 @@ class Side:
 
 @dataclass
 class Subject:
-    """The float network, qexp's int8 networks, and texts."""
+    """The float network, the folders of qexp's int8 networks, and texts."""
 
-    jobs: dict[str, Run]  # static, dynamic
+    net: nn.Module
+    runs: dict[str, Path]  # static, dynamic
     calibration: np.ndarray  # (N, T)
     tokens: np.ndarray
     labels: np.ndarray
 
-    @property
-    def net(self) -> nn.Module:
-        """The float network."""
-        return self.jobs["static"].net
+    def metrics(self, job: str) -> dict[str, Any]:
+        """The figures of a run."""
+        return json.loads((self.runs[job] / "metrics.json").read_text())
 
     def graph(self, job: str, name: str) -> onnx.ModelProto:
         """A graph of a run, which also returns what its head reads."""
-        graph = copy.deepcopy(self.jobs[job].graphs[name])
+        files = {self.metrics(job)["engine/winner"]: "model_int8.onnx", "fp32": "model_fp32.onnx"}
+        graph = onnx.load(self.runs[job] / files.get(name, f"model_int8_{name}.onnx"))
         head = next(node for node in graph.graph.node if node.name in ("head.input", "head"))
         graph.graph.node.append(onnx.helper.make_node("Identity", head.input[:1], [EMBEDDING]))
         graph.graph.output.append(onnx.helper.make_tensor_value_info(EMBEDDING, onnx.TensorProto.FLOAT, None))
@@ -86,12 +88,18 @@ def subject(options: argparse.Namespace, outputs: Path) -> Subject:
     ]  # fmt: skip
     asked = {"static": ["method=ptq", f"smoothing={options.smoothing}"], "dynamic": ["method=dynamic"]}
     start_hydra(None)
-    jobs = {name: run(settings(Composer().compose(common + more))) for name, more in asked.items()}
-    data = jobs["static"].data
+    runs, chosen = {}, None
+    for name, more in asked.items():
+        chosen = settings(Composer().compose(common + more))
+        runs[name] = outputs / "runs" / run_id(chosen.config)
+        if not runs[name].exists():
+            run(chosen)
+    float_network = trained(chosen, outputs, False)
+    data = float_network.data
     batches = list(data.test_dataloader())
     calibration = torch.cat([tokens for tokens, _ in calibration_loader(data, 0)])
     tokens, labels = (torch.cat([batch[i] for batch in batches]).numpy() for i in (0, 1))
-    return Subject(jobs, calibration.numpy(), tokens, labels)
+    return Subject(float_network.net, runs, calibration.numpy(), tokens, labels)
 
 
 def _engine(engine: OnnxRuntime | OpenVino, job: str, name: str) -> Callable[..., Infer]:
@@ -274,7 +282,10 @@ def summary(results: list[dict[str, Any]], told: dict[str, dict[str, float]]) ->
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Quality once, then latency of all configurations."""
     with tempfile.TemporaryDirectory() as folder:
-        made = subject(options, options.outputs or Path(folder))
+        return _measure(options, subject(options, options.outputs or Path(folder)))
+
+
+def _measure(options: argparse.Namespace, made: Subject) -> dict[str, Any]:
     told = quality(made)
     results: list[dict[str, Any]] = []
     cases = [(batch, threads) for batch in options.batch for threads in options.threads]
@@ -287,8 +298,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         results.append({"batch": batch, "threads": threads, "rows": rows})
         gc.collect()  # sessions of the last case would keep their threads
     coverage = {
-        f"{name} {engine}": job.metrics[f"{engine}/int8/mac_coverage"]
-        for name, job in made.jobs.items()
+        f"{name} {engine}": made.metrics(name)[f"{engine}/int8/mac_coverage"]
+        for name in made.runs
         for engine in ("onnxruntime", "openvino")
     }
     return {"quality": told, "latency": results, "test_texts": len(made.labels), "mac_coverage": coverage}
