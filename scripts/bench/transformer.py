@@ -75,7 +75,11 @@ class Subject:
         files = {self.metrics(job)["engine/winner"]: "model_int8.onnx", "fp32": "model_fp32.onnx"}
         graph = onnx.load(self.runs[job] / files.get(name, f"model_int8_{name}.onnx"))
         head = next(node for node in graph.graph.node if node.name in ("head.input", "head"))
-        graph.graph.node.append(onnx.helper.make_node("Identity", head.input[:1], [EMBEDDING]))
+        makers = {output: node for node in graph.graph.node for output in node.output}
+        read = head.input[0]
+        if read in makers and makers[read].name.startswith("head/Mul"):  # SmoothQuant's factor
+            read = makers[read].input[0]
+        graph.graph.node.append(onnx.helper.make_node("Identity", [read], [EMBEDDING]))
         graph.graph.output.append(onnx.helper.make_tensor_value_info(EMBEDDING, onnx.TensorProto.FLOAT, None))
         return graph
 
