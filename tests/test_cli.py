@@ -87,7 +87,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_anything_runs(qexp, fol
 def test_help_version_and_the_composed_config(qexp, folder):
     code, out, _ = qexp("--help")
     assert code == 0
-    options = "minmax, aciq, aciq_normal, cross_entropy", "after_qat, estimators, finetuning"
+    options = "minmax, aciq, aciq_normal, cross_entropy", "after_qat, dynamic_or_trained, estimators"
     for told in "usage: qexp", *options, "seed=0":
         assert told in out
     assert qexp("--version")[:2] == (0, "qexp 0.1.0\n")

@@ -47,6 +47,8 @@ class OpenVino:
             raise EngineRefused(self, "it computes ranges of each call for groups (per_group), not for tokens")
         if form == "per_tensor":
             return self._in_groups(recipe, flow)
+        if form == "per_group":
+            self._require_groups(recipe, flow)
         products = flow.products()
         if form is not None or not products:
             return recipe
@@ -56,6 +58,14 @@ class OpenVino:
         both = [(site, of_product) for site, of_product in sites if site not in flow.one_sided()]
         formats = tuple((site, symmetric(recipe.activation_of(site, of_product))) for site, of_product in both)
         return replace(recipe, sites=formats + recipe.sites)
+
+    def _require_groups(self, recipe: Recipe, flow: Dataflow) -> None:
+        """Refuse groups that do not divide a layer, where it would not quantize at all. Errors: EngineRefused."""
+        size = recipe.activation.granularity.size
+        for name in flow.linear_layers():
+            features = flow.modules[name].in_features
+            if not recipe.excludes(name) and features % size:
+                raise EngineRefused(self, f"groups of {size} do not divide the {features} features of {name}")
 
     def _in_groups(self, recipe: Recipe, flow: Dataflow) -> Recipe:
         """Ranges of each call as OpenVINO computes them: symmetric, for groups of features of a token."""

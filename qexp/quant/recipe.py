@@ -53,7 +53,7 @@ class Scheme:
             return None
         if self.granularity == PerToken():
             return "per_token"
-        return "per_group" if isinstance(self.granularity, PerGroup) and not self.granularity.pads else None
+        return "per_group" if isinstance(self.granularity, PerGroup) else None
 
     def not_in_int8(self, is_weight: bool) -> str | None:
         """Why no int8 engine can run this; None where one can."""
@@ -97,7 +97,7 @@ class Recipe:
         for tensor, scheme in ("weight", self.weight), ("activation", self.activation):
             if scheme.calibration.needs_rows:
                 raise ValueError(f"calibration.{tensor}={scheme.calibration}: is for calibration.logits alone")
-        if self.activation.of_call and isinstance(self.activation.calibration, MovingAverage):
+        if self.activation.dynamic and isinstance(self.activation.calibration, MovingAverage):
             raise ValueError(
                 f"calibration.activation={self.activation.calibration}: averages over batches, but ranges of "
                 f"{self.activation.granularity} are of each call; choose minmax"

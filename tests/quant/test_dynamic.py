@@ -199,7 +199,7 @@ FORMS = {
     Scheme(IntegerGrid(4, "affine"), dynamic=True): None,
     Scheme(SYMMETRIC, dynamic=True): None,
     Scheme(AFFINE, PerToken(), dynamic=True): None,
-    Scheme(SYMMETRIC, PerGroup(32, pad=True), dynamic=True): None,
+    Scheme(SYMMETRIC, PerGroup(32, pad=True), dynamic=True): "per_group",
     Scheme(AFFINE, calibration=Percentile(), dynamic=True): None,
     Scheme(NormalFloat(4), PerToken(), dynamic=True): None,
     Scheme(AFFINE, rounding=Floor(), dynamic=True): None,
