@@ -11,7 +11,7 @@ import openvino as ov
 from torch import nn
 
 from qexp.engines.base import EngineRefused, beside_weights, symmetric
-from qexp.engines.place import GROUP
+from qexp.engines.dynamic import GROUP
 from qexp.quant.dataflow import Dataflow
 from qexp.quant.granularity import PerGroup
 from qexp.quant.grid import IntegerGrid

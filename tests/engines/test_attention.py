@@ -13,10 +13,11 @@ from torch import nn
 
 from qexp.engines.base import EngineRefused, start, symmetric
 from qexp.engines.deploy import activation_schemes, certify_deployment, deploy, simulation_for
+from qexp.engines.dynamic import GROUP
 from qexp.engines.export import export_quantized
 from qexp.engines.onnxruntime import OnnxRuntime
 from qexp.engines.openvino import OpenVino, _quantizes_dynamically
-from qexp.engines.place import GROUP, place
+from qexp.engines.place import place
 from qexp.models import bert_tiny_random
 from qexp.quant.convert import calibrating, layers, quantize_, quantizers, targets
 from qexp.quant.dataflow import Dataflow
