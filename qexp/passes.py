@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from qexp import caches, prepare, smoothing
 from qexp.metrics.sqnr import sqnr_db
+from qexp.quant import bias_correction
 from qexp.quant.convert import calibrating, fold_batchnorm_, observing, quantize_, quantizers, recall_, targets
 from qexp.quant.dataflow import Dataflow
 from qexp.quant.layers import QuantLinear
@@ -118,8 +119,8 @@ def calibrated(
 ) -> nn.Module:
     """A copy of the float network, folded, smoothed, with all its quantizers, calibrated. Errors: ConfigError.
 
-    Its `smoothed` says what SmoothQuant did. Where it is not to be folded, no engine asks for outputs of layers, and
-    BatchNorm follows them in float.
+    Its `smoothed` says what SmoothQuant did, its `biases` what bias correction did. Where it is not to be folded, no
+    engine asks for outputs of layers, and BatchNorm follows them in float.
     """
     recipe, model, folds = settings.recipe, copy.deepcopy(net), settings.config["fold_batchnorm"]
     if folds:
@@ -135,7 +136,22 @@ def calibrated(
     except ValueError as error:
         raise ConfigError(prepare.blamed(error)) from None
     calibrate_(model, settings, data, flow, smoothing.sketches_of(sketches, model.smoothed, settings))
+    model.biases = correct_biases_(model, settings, data) if settings.bias_samples else {}
     return model
+
+
+def correct_biases_(model: nn.Module, settings: Settings, data: pl.LightningDataModule) -> dict[str, int]:
+    """Correct the biases of a calibrated network; how many were, by the names of metrics. Errors: ConfigError."""
+    samples = torch.cat([inputs for inputs, _ in prepare.calibration_loader(data, settings.seed)])
+    if len(samples) < settings.bias_samples:
+        raise ConfigError(f"bias_correction={settings.bias_samples}: there are {len(samples)} calibration samples")
+    samples = samples[: settings.bias_samples]
+    read = model.words(samples) if hasattr(model, "words") else None
+    with terminal.stage("correcting biases"), prepare.evaluating(model):
+        corrected, kept = bias_correction.correct_biases_(model, samples, read)
+    if kept:
+        terminal.output.print(f"biases not corrected, of layers used more than once: {', '.join(kept)}", markup=False)
+    return {"bias_correction/layers": len(corrected), "bias_correction/skipped": len(kept)}
 
 
 def _logits_layer(net: nn.Module, recipe: Recipe, flow: Dataflow, quantized: set[str]) -> str | None:

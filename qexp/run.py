@@ -198,7 +198,7 @@ def _quantize(job: Run) -> None:
     in_float = unquantized(model, recipe, job.settings.config["fold_batchnorm"])
     sums += [(name, "Add", "feeds a normalisation, which works in float") for name in job.flow.normalized_additions()]
     job.quantized, job.in_float = model, in_float + products + sums
-    job.metrics |= footprint(model).metrics() | smoothing.metrics(model.smoothed)
+    job.metrics |= footprint(model).metrics() | smoothing.metrics(model.smoothed) | model.biases
 
 
 def _calibrated(job: Run, recipe: Recipe) -> nn.Module:

@@ -50,6 +50,11 @@ class Settings:
         return self.config["flatness"]
 
     @property
+    def bias_samples(self) -> int:
+        """Calibration samples on which biases are corrected; 0 where they are not."""
+        return self.config["bias_correction"]
+
+    @property
     def smooths_all(self) -> bool:
         """Whether SmoothQuant serves linear layers, too, that no LayerNorm feeds."""
         return self.config["smoothing"].get("explicit", False)
@@ -76,6 +81,7 @@ class Settings:
         if self.method == "fp32":
             return f"{choice} fp32 s{self.seed}"
         smoothed = f" {self.smoothed}" if self.smoothed else ""
+        smoothed += f" bias_correction={self.bias_samples}" if self.bias_samples else ""
         tuned = "" if self.finetune is None else f" {self.config['finetune']['name']}"
         ranges = "dynamic" if recipe.activation.dynamic else recipe.activation.calibration
         schemes = f"{recipe.weight.granularity} {ranges}"
@@ -90,6 +96,7 @@ OPTIONAL = [
 # The same for whole keys.
 OPTIONAL_KEYS = {
     "compiled": False, "flatness": False, "store": "resume", "smoothing": {"name": "none", "alpha": None},
+    "bias_correction": 0,
 }  # fmt: skip
 # Every section with the keys it may hold; None: the keys are those of its _target_.
 SECTIONS: dict[str, tuple[str, ...] | None] = {
@@ -109,6 +116,7 @@ SECTIONS: dict[str, tuple[str, ...] | None] = {
     "seed": (),
     "channel_spread": (),
     "fold_batchnorm": (),
+    "bias_correction": (),
     "compiled": (),
     "flatness": (),
     "progress": (),
@@ -117,6 +125,8 @@ SECTIONS: dict[str, tuple[str, ...] | None] = {
 # What is done to a trained float network before it is quantized, and what a config may leave out, too.
 PREPARED = {"channel_spread": 0, "fold_batchnorm": True}
 UNFOLDED = "BatchNorm is not folded into the layers before it (fold_batchnorm=false), as it is in every int8 engine"
+# Methods without bias correction, and why.
+UNCORRECTED = {"fp32": "quantizes nothing", "qat": "trains biases, and its control would have those of another network"}
 CHOICES = {
     "method.name": ("fp32", "ptq", "qat", "dynamic"),
     "fold_batchnorm": (True, False),
@@ -132,6 +142,7 @@ CHOICES = {
 NUMBERS: dict[str, tuple[type, float, bool]] = {
     "seed": (int, 0, True),
     "channel_spread": (int, 0, True),
+    "bias_correction": (int, 0, True),
     "engine.threads": (int, 1, True),
     "engine.batch_size": (int, 1, True),
     "engine.seconds": (float, 0, False),
@@ -223,6 +234,12 @@ def _refuse_what_does_not_combine(plain: dict[str, Any]) -> None:
         raise ConfigError(
             "fold_batchnorm=false: is for method=ptq; finetune.batchnorm says how BatchNorm is trained in method=qat"
         )
+    samples, method = plain["bias_correction"], plain["method"]["name"]
+    if samples and method in UNCORRECTED:
+        raise ConfigError(f"bias_correction={samples}: method={method} {UNCORRECTED[method]}; choose 0")
+    size = plain["data"].get("calibration_size")
+    if isinstance(size, int) and samples > size:
+        raise ConfigError(f"bias_correction={samples}: must be at most data.calibration_size={size}")
     outlier = plain["data"].get("calibration_outlier", 1)
     if outlier != 1 and plain["method"]["name"] == "dynamic" and plain["smoothing"].get("alpha") is None:
         raise ConfigError(

@@ -164,10 +164,14 @@ class TextClassifier(nn.Module):
         self.trains_head_alone = trains_head_alone
         self.head = nn.Linear(hidden, num_classes)
 
+    def words(self, ids: Tensor) -> Tensor:
+        """Which tokens are no padding, so that something depends on them: (N, T) booleans."""
+        return ids.ne(0)
+
     def embed(self, ids: Tensor) -> Tensor:
         """The mean of the hidden states of all tokens that are no padding."""
         h = self.encoder(ids)
-        words = ids.ne(0).to(h.dtype)[:, :, None]  # (N, T, 1)
+        words = self.words(ids).to(h.dtype)[:, :, None]  # (N, T, 1)
         return (h * words).sum(1) / words.sum(1).clamp(min=1)
 
     def forward(self, ids: Tensor) -> Tensor:

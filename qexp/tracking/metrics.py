@@ -63,6 +63,8 @@ METRICS = {
     "smoothing/groups": "groups of linear layers with one input that were smoothed",
     "smoothing/skipped": "groups and linear layers that were not, each with its reason in smoothing.csv",
     "smoothing/alpha": "mean migration strength of the groups",
+    "bias_correction/layers": "layers whose bias was corrected",
+    "bias_correction/skipped": "layers whose bias was not, because they are used more than once",
     "time/calibrate_s": "calibration",
     "time/total_s": "the whole run",
     "engine/winner": "the engine with the lowest int8 latency, whose figures the plain names are",
