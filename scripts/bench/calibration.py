@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
+import record
 import torch
 from rich import box
 from rich.console import Console
@@ -22,7 +21,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.ao.quantization import HistogramObserver
 
-from qexp import machine, models
+from qexp import models
 from qexp.engines.latency import interleave
 from qexp.quant import compiled
 from qexp.quant.convert import fold_batchnorm_, quantize_, quantizers, set_mode_
@@ -153,9 +152,7 @@ def main() -> None:
     screen.print(table("one batch, over torch's HistogramObserver", of_observers))
     screen.print(table("resnet18, over a plain forward pass", of_passes))
     if options.json:
-        document = {"machine": machine.processor() | {"cores": os.cpu_count()}, "versions": machine.versions()}
-        results = {"observers": of_observers, "passes": of_passes}
-        options.json.write_text(json.dumps(document | results, indent=1) + "\n")
+        record.write(options.json, {"observers": of_observers, "passes": of_passes})
 
 
 if __name__ == "__main__":

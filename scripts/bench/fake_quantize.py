@@ -7,21 +7,19 @@ call of the floor. "exact" says whether values and gradient are those of the def
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+import record
 import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from qexp import machine
 from qexp.engines.latency import interleave
 from qexp.quant import compiled
 from qexp.quant.affine import QParams, fake_quantize
@@ -222,8 +220,7 @@ def main() -> None:
         said = ", ".join(f"{side} {seconds:.1f} s" for side, seconds in spent.items())
         console.print(f"[dim]compiled once, {case['case']}, {case['threads']} threads: {said}[/dim]")
     if options.json:
-        document = {"machine": machine.processor() | {"cores": os.cpu_count()}, "versions": machine.versions()}
-        options.json.write_text(json.dumps(document | {"results": results}, indent=1) + "\n")
+        record.write(options.json, {"results": results})
 
 
 if __name__ == "__main__":

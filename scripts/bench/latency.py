@@ -9,26 +9,24 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import json
 import logging
-import os
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import onnx
+import record
 import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from qexp import machine, models
+from qexp import models
 from qexp.engines.base import Session
 from qexp.engines.deploy import deploy, simulation_for
 from qexp.engines.export import export_float, export_quantized
@@ -301,11 +299,7 @@ def main() -> None:
     results = measure(options)
     Console(width=400).print(summary(results))
     if options.json:
-        peers = {name: version(name) if find_spec(name) else "missing" for name in PEERS}
-        versions = machine.versions() | peers
-        processor = machine.processor() | {"cores": os.cpu_count()}
-        document = {"machine": processor, "versions": versions, "results": results}
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+        record.write(options.json, {"results": results}, PEERS)
 
 
 if __name__ == "__main__":

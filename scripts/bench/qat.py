@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import logging
-import os
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -22,6 +20,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytorch_lightning as pl
+import record
 import torch
 from rich import box
 from rich.console import Console
@@ -30,7 +29,7 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qexp import machine, prepare
+from qexp import prepare
 from qexp.engines.latency import interleave
 from qexp.finetune.plan import FineTune
 from qexp.finetuning import attach_
@@ -365,9 +364,8 @@ def main() -> None:
             results["brevitas"] = brevitas_accuracies(outputs, options.seeds)
             screen.print(brevitas_table(results["brevitas"]))
     if options.json:
-        document = {"machine": machine.processor() | {"cores": os.cpu_count()}, "versions": machine.versions()}
-        document |= {"seeds": options.seeds, "threads": options.threads} | results
-        options.json.write_text(json.dumps(document, indent=1, default=Estimate.record) + "\n")
+        told = {"seeds": options.seeds, "threads": options.threads} | results
+        record.write(options.json, told, default=Estimate.record)
 
 
 if __name__ == "__main__":

@@ -11,26 +11,24 @@ import copy
 import gc
 import json
 import logging
-import os
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import record
 import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from qexp import machine
 from qexp.composing import Composer, start_hydra
 from qexp.engines.latency import Timings, interleave
 from qexp.engines.onnxruntime import OnnxRuntime
@@ -90,7 +88,8 @@ def subject(options: argparse.Namespace, outputs: Path) -> Subject:
         "model=minilm", "data=stdlib_docs", f"data.length={options.length}", "trainer.threads=2", "logger=none",
         f"data.most_per_class={options.most_per_class}", f"paths.outputs={outputs}", "engine.seconds=0.1",
     ]  # fmt: skip
-    asked = {"static": ["method=ptq", f"smoothing={options.smoothing}"], "dynamic": ["method=dynamic"]}
+    static = ["method=ptq", f"smoothing={options.smoothing}", f"bias_correction={options.bias_correction}"]
+    asked = {"static": static, "dynamic": ["method=dynamic"]}
     start_hydra(None)
     runs, chosen = {}, None
     for name, more in asked.items():
@@ -316,6 +315,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=128, help="tokens of a text, padding included")
     parser.add_argument("--most-per-class", type=int, default=50, help="texts of a class, half of them to test on")
     parser.add_argument("--smoothing", default="smoothquant_all", help="of the static network")
+    parser.add_argument("--bias-correction", type=int, default=64, help="texts that correct its biases; 0: none do")
     parser.add_argument("--seconds", type=float, default=20, help="a configuration; at least 20 rounds")
     parser.add_argument("--outputs", type=Path, help="keep runs and caches here")
     parser.add_argument("--json", type=Path, help="write the figures here")
@@ -329,12 +329,7 @@ def main() -> None:
     Console(width=200).print(summary(measured["latency"], measured["quality"]))
     console.print(f"{measured['test_texts']} test texts; MACs in int8: {measured['mac_coverage']}")
     if options.json:
-        peers = {name: version(name) if find_spec(name) else "missing" for name in PEERS}
-        document = {
-            "machine": machine.processor() | {"cores": os.cpu_count()}, "versions": machine.versions() | peers,
-            **measured,
-        }  # fmt: skip
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+        record.write(options.json, measured, PEERS)
 
 
 if __name__ == "__main__":
