@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra import compose
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -42,6 +43,21 @@ def conf_dir() -> str:
     package = Path(__file__).resolve().parent
     inside = package / "conf"
     return str(inside if inside.is_dir() else package.parent / "conf")
+
+
+class VerbParser(argparse.ArgumentParser):
+    """Reads what a verb is given: KEY=VALUE words and --config-dir, to which it adds its own, as VerbParser("levels").
+
+    Errors: ConfigError where argparse would exit.
+    """
+
+    def __init__(self, verb: str) -> None:
+        super().__init__(prog=f"qexp {verb}", add_help=False, allow_abbrev=False)
+        self.add_argument("overrides", nargs="*")
+        self.add_argument("--config-dir", "-cd")
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; {self.prog} --help shows what can be said")
 
 
 class _ReadOnce(CachingConfigRepository):

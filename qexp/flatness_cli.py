@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
-from typing import NoReturn
 
-from qexp.composing import start_hydra, swept_of
-from qexp.jobs import Job, compose_call, require_places, require_ready
+from qexp.composing import VerbParser, start_hydra, swept_of
+from qexp.jobs import Job, compose_one, require_places, require_ready
 from qexp.launch.in_process import InProcess
 from qexp.levels_cli import require_drawable, require_matplotlib
 from qexp.report.board import Board
@@ -64,21 +63,14 @@ def main(arguments: list[str]) -> int:
 
 
 def _parsed(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="qexp flatness", add_help=False, allow_abbrev=False)
-    parser.add_argument("overrides", nargs="*")
+    parser = VerbParser("flatness")
     parser.add_argument("--seeds", default="1")
     parser.add_argument("--output")
-    parser.add_argument("--config-dir", "-cd")
-    parser.error = _refuse
     given = parser.parse_intermixed_args(arguments)
     if not re.fullmatch(r"\d{1,3}", given.seeds) or not 1 <= int(given.seeds) <= MOST_SEEDS:
-        _refuse(f"--seeds={given.seeds}: must be a whole number from 1 to {MOST_SEEDS}")
+        parser.error(f"--seeds={given.seeds}: must be a whole number from 1 to {MOST_SEEDS}")
     given.seeds = int(given.seeds)
     return given
-
-
-def _refuse(message: str) -> NoReturn:
-    raise ConfigError(f"{message}; qexp flatness --help shows what can be said")
 
 
 def _jobs(overrides: list[str], seeds: int, config_dir: str | None) -> dict[str, list[Job]]:
@@ -104,10 +96,7 @@ def _jobs(overrides: list[str], seeds: int, config_dir: str | None) -> dict[str,
 
 
 def _job(overrides: list[str], config_dir: str | None) -> Job:
-    call = compose_call(overrides, multirun=False, config_dir=config_dir)
-    if call.is_sweep:
-        raise ConfigError(f"a sweep of {len(call.jobs)} choices, but qexp flatness looks at one at a time")
-    return call.jobs[0]
+    return compose_one(overrides, config_dir, "qexp flatness looks at")
 
 
 def _folder(job: Job) -> Path:

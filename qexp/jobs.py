@@ -17,7 +17,7 @@ from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from qexp.composing import Composer, composed, is_group, parsed, start_hydra
+from qexp.composing import Composer, composed, is_group, parsed, start_hydra, swept_of
 from qexp.sections import ConfigError, build
 from qexp.settings import Settings, require_packages, settings
 from qexp.store import finished, run_id, writable
@@ -141,6 +141,17 @@ def compose_call(overrides: list[str], multirun: bool, config_dir: str | None = 
 def compose_jobs(overrides: list[str], multirun: bool, config_dir: str | None = None) -> list[Job]:
     """The jobs of `compose_call`. Errors: ConfigError."""
     return compose_call(overrides, multirun, config_dir).jobs
+
+
+def compose_one(overrides: list[str], config_dir: str | None, looks: str) -> Job:
+    """The job of a verb that looks at one choice; `looks` says so, as "qexp levels shows". Errors: ConfigError."""
+    start_hydra(config_dir)
+    if swept := swept_of(overrides):
+        raise ConfigError(f"{swept[0]}: several values, but {looks} one choice at a time")
+    call = compose_call(overrides, multirun=False, config_dir=config_dir)
+    if call.is_sweep:
+        raise ConfigError(f"a sweep of {len(call.jobs)} choices, but {looks} one at a time")
+    return call.jobs[0]
 
 
 def _space(config: DictConfig, given: list[Override], chosen: dict[str, str] | None = None) -> Space:

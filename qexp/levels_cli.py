@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from qexp.composing import start_hydra, swept_of
-from qexp.jobs import compose_call
+from qexp.composing import VerbParser
+from qexp.jobs import compose_one
 from qexp.quant.recipe import Recipe
 from qexp.sections import ConfigError
 from qexp.settings import Settings
@@ -44,38 +43,16 @@ def main(arguments: list[str]) -> int:
     if {"--help", "-h"} & set(arguments):
         print(USAGE, end="")
         return 0
-    given = _parsed(arguments)
-    chosen = _chosen(given.overrides, given.config_dir)
+    parser = VerbParser("levels")
+    parser.add_argument("--out")
+    given = parser.parse_intermixed_args(arguments)
+    chosen = compose_one(given.overrides, given.config_dir, "qexp levels shows").settings
     path = Path(given.out) if given.out else _default_path(chosen)
     require_drawable(path, f"--out={path}" if given.out else "paths.outputs")
     views = _views(chosen)
     _print(chosen.recipe, views)
     _draw(chosen, views, path)
     return 0
-
-
-def _parsed(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="qexp levels", add_help=False, allow_abbrev=False)
-    parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--out")
-    parser.add_argument("--config-dir", "-cd")
-    parser.error = _refuse
-    return parser.parse_intermixed_args(arguments)
-
-
-def _refuse(message: str) -> NoReturn:
-    raise ConfigError(f"{message}; qexp levels --help shows what can be said")
-
-
-def _chosen(overrides: list[str], config_dir: str | None) -> Settings:
-    """The one config that is asked for, checked as that of a run is. Errors: ConfigError."""
-    start_hydra(config_dir)
-    if swept := swept_of(overrides):
-        raise ConfigError(f"{swept[0]}: several values, but qexp levels shows one choice at a time")
-    call = compose_call(overrides, multirun=False, config_dir=config_dir)
-    if call.is_sweep:
-        raise ConfigError(f"a sweep of {len(call.jobs)} choices, but qexp levels shows one at a time")
-    return call.jobs[0].settings
 
 
 def _default_path(chosen: Settings) -> Path:

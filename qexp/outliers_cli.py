@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from qexp.composing import start_hydra, swept_of
-from qexp.jobs import Job, compose_call, require_places, silence_libraries
+from qexp.composing import VerbParser
+from qexp.jobs import Job, compose_one, require_places, silence_libraries
 from qexp.levels_cli import require_drawable, require_matplotlib
-from qexp.sections import ConfigError
 from qexp.settings import Settings
 from qexp.store import StoreError
 
@@ -43,40 +41,18 @@ def main(arguments: list[str]) -> int:
     if {"--help", "-h"} & set(arguments):
         print(USAGE, end="")
         return 0
-    given = _parsed(arguments)
-    job = _job(given.overrides, given.config_dir)
+    parser = VerbParser("outliers")
+    parser.add_argument("--output")
+    given = parser.parse_intermixed_args(arguments)
+    is_given = any(override.partition("=")[0] == "engine" for override in given.overrides)
+    overrides = given.overrides if is_given else [*given.overrides, "engine=none"]
+    job = compose_one(overrides, given.config_dir, "qexp outliers looks at")
     path = Path(given.output) if given.output else _default_path(job)
     require_drawable(path, f"--output={path}" if given.output else "paths.outputs")
     require_places([job])
     require_matplotlib()
     _show(_measured(job), path, _title(job.settings))
     return 0
-
-
-def _parsed(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="qexp outliers", add_help=False, allow_abbrev=False)
-    parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--output")
-    parser.add_argument("--config-dir", "-cd")
-    parser.error = _refuse
-    return parser.parse_intermixed_args(arguments)
-
-
-def _refuse(message: str) -> NoReturn:
-    raise ConfigError(f"{message}; qexp outliers --help shows what can be said")
-
-
-def _job(overrides: list[str], config_dir: str | None) -> Job:
-    """The one choice that is asked for, checked as that of a run is. Errors: ConfigError."""
-    start_hydra(config_dir)
-    if swept := swept_of(overrides):
-        raise ConfigError(f"{swept[0]}: several values, but qexp outliers looks at one choice at a time")
-    if not any(override.partition("=")[0] == "engine" for override in overrides):
-        overrides = [*overrides, "engine=none"]
-    call = compose_call(overrides, multirun=False, config_dir=config_dir)
-    if call.is_sweep:
-        raise ConfigError(f"a sweep of {len(call.jobs)} choices, but qexp outliers looks at one at a time")
-    return call.jobs[0]
 
 
 def _names(settings: Settings) -> tuple[str, str]:
