@@ -23,7 +23,8 @@ from qexp.quant.layers import QuantConv2d
 from qexp.quant.observers import Observer
 from qexp.quant.quantizer import Quantizer
 from qexp.quant.sketch import Sketch
-from qexp.settings import PREPARED, Settings
+from qexp.schema import PREPARED
+from qexp.settings import Settings
 from qexp.store import TensorCache
 from qexp.tasks.fp32 import Float32Task
 from qexp.tasks.ptq import PTQTask

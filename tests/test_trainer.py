@@ -23,7 +23,7 @@ from qexp.quant.quantizer import Mode, Quantizer
 from qexp.quant.recipe import Scheme
 from qexp.quant.rounding import HalfEven, Stochastic
 from qexp.run import Run, run
-from qexp.settings import SECTIONS
+from qexp.schema import SECTIONS
 from qexp.tasks.fp32 import Float32Task
 from qexp.tasks.progress import TellProgress
 from qexp.tasks.ranks import Trainer, require_shareable

@@ -19,7 +19,7 @@ ORDER = [
     {"analysis"},
     {
         "store", "machine", "settings", "tracking", "record", "report", "prepare", "passes", "caches", "stopping",
-        "finetuning", "sections", "plans", "flat", "smoothing", "compare", "papers", "heads",
+        "finetuning", "sections", "schema", "plans", "flat", "smoothing", "compare", "papers", "heads",
     },
     {"run"},
     {"attempt", "composing", "jobs", "help_page", "completion", "doctor", "probes"},
