@@ -4,11 +4,14 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
 
 from qexp.quant.grid import CONVENTIONS, IntegerGrid
+from qexp.quant.observers import Observer
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "conformance.md"
@@ -108,8 +111,17 @@ def test_an_unknown_package_is_an_error(command, capsys):
     assert "--only trch: allowed are torch, onnxruntime, openvino" in capsys.readouterr().err
 
 
-def test_infinity_and_nan_are_refused(command):
-    command.refuses_what_is_not_finite()
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_infinity_and_nan_are_refused(value):
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        Observer().update(torch.tensor([1.0, value]))
+
+
+def test_an_observer_that_takes_infinity_is_noticed(command, monkeypatch):
+    assert command.refuses_what_is_not_finite() is None
+    monkeypatch.setattr(sys.modules["conformance_.definition"], "Observer", Mock)
+    with pytest.raises(AssertionError, match="the observer took inf"):
+        command.refuses_what_is_not_finite()
 
 
 def test_the_table_goes_between_the_markers(command, tmp_path):

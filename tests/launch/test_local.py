@@ -111,6 +111,7 @@ def test_ctrl_c_ends_the_workers_and_leaves_nothing_half_done(folder):
         start_new_session=True,
     )  # fmt: skip
     wait_for(lambda: len(list(folder.glob("outputs/logs/*.txt"))) == 2)
+    assert len(alive(process.pid)) > 2  # the sweep and its workers
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, "stopped by SIGINT" in err, "Traceback" in err) == (130, True, False)
@@ -124,6 +125,7 @@ def test_workers_of_a_sweep_that_is_killed_end_too(folder):
         start_new_session=True,
     )  # fmt: skip
     wait_for(lambda: len(list(folder.glob("outputs/logs/*.txt"))) == 2)
+    assert len(alive(process.pid)) > 2  # the sweep and its workers
     process.kill()
     process.wait()
     wait_for(lambda: not alive(process.pid))
