@@ -16,7 +16,7 @@ from qexp.heads import encoder_hash
 from qexp.machine import versions
 from qexp.models.spread import spread_channels_
 from qexp.prepare import calibration_loader, target
-from qexp.quant import smoothquant
+from qexp.quant import smooth_groups, smoothquant
 from qexp.quant.dataflow import Dataflow
 from qexp.quant.granularity import Granularity
 from qexp.quant.layers import QuantConv2d
@@ -82,7 +82,7 @@ def smoothed_sketches(sketches: TensorCache, alphas: dict[str, float], settings:
         "sketches": sketches.determined_by,
         "alphas": alphas,
         "exclude": list(settings.recipe.exclude),  # layers that have no say in the scales
-        "sources": _source_hashes(smoothquant.smooth_),
+        "sources": _source_hashes(smoothquant.smooth_, smooth_groups.find_groups),
     }
     return TensorCache(sketches.root, determined_by, sketches.remedy)
 

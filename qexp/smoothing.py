@@ -12,7 +12,8 @@ from torch import nn
 
 from qexp import caches, prepare
 from qexp.quant.dataflow import Dataflow, additions_to_modules
-from qexp.quant.smoothquant import Group, Seen, Smoothed, find_groups, observing_inputs
+from qexp.quant.smooth_groups import Group, Smoothed, find_groups
+from qexp.quant.smoothquant import Seen, observing_inputs
 from qexp.quant.smoothquant import smooth_ as smooth_groups_
 from qexp.report import terminal
 from qexp.sections import ConfigError

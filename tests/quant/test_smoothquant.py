@@ -22,7 +22,8 @@ from qexp.quant.grid import IntegerGrid
 from qexp.quant.layers import Add, QuantScaledLinear
 from qexp.quant.quantizer import Mode
 from qexp.quant.recipe import Recipe, Scheme
-from qexp.quant.smoothquant import Group, factors, find_groups, observing_inputs, smooth_
+from qexp.quant.smooth_groups import Group, find_groups
+from qexp.quant.smoothquant import factors, observing_inputs, smooth_
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WEIGHT = Scheme(IntegerGrid(8), PerChannel(0))
