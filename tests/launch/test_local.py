@@ -1,6 +1,10 @@
-"""Workers of their own: what happens to one job happens to no other. Real processes, real deaths."""
+"""Workers of their own: what happens to one job happens to no other. Real processes, real deaths.
+
+Where the sweep itself is not to die it runs in this process, whose workers are forked from what it has imported once.
+"""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -8,9 +12,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from qexp import cli
 from qexp.launch.local import Local, cores
 from qexp.sections import ConfigError, build
 
@@ -43,16 +49,29 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def sweep(folder, monkeypatch, capsys):
+    """Gives the command in the folder; returns its exit code and what stands on stderr."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(cli, "unwind_on_signals", lambda: None)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+
+    def give(*words):
+        with pytest.raises(SystemExit) as end:
+            cli.main(["-m", *FAST, *words])
+        return SimpleNamespace(returncode=end.value.code, stderr=capsys.readouterr().err)
+
+    yield give
+    sys.modules.pop("faulty", None)  # another folder has its own
+
+
 def command(*words):
     return [sys.executable, "-m", "qexp", "-m", *FAST, *words]
 
 
 def environment():
     return {"PYTHONPATH": str(ROOT), **{k: v for k, v in os.environ.items() if not k.startswith("WANDB")}}
-
-
-def sweep(folder, *words):
-    return subprocess.run(command(*words), cwd=folder, env=environment(), capture_output=True, text=True)
 
 
 def faulty(*faults):
@@ -63,16 +82,16 @@ def finished(folder):
     return {path.parent.name for path in folder.glob("outputs/runs/*/metrics.json")}
 
 
-def test_a_job_that_raises_crashes_is_killed_or_hangs_ends_alone(folder):
-    words = [*faulty("raises", "killed", "crashes", "exits", "hangs", "none"), "hydra.launcher.limit_s=15"]
-    done = sweep(folder, *words)
+def test_a_job_that_raises_crashes_is_killed_or_hangs_ends_alone(folder, sweep):
+    words = faulty("raises", "killed", "crashes", "exits", "hangs", "none")
+    done = sweep(*words, "hydra.launcher.limit_s=10")
     assert done.returncode == 1
     for sentence in (
         "qexp: model.fault=raises: model: Faulty cannot be called on a batch of shape (2, 1, 8, 8) (it is broken <b>)",
         "qexp: model.fault=killed: its process was ended by SIGKILL",
         "qexp: model.fault=crashes: its process was ended by SIGSEGV",
         "qexp: model.fault=exits: its process ended with exit code 7 (its log: outputs/logs/",
-        "qexp: model.fault=hangs: stopped after hydra.launcher.limit_s=15 seconds",
+        "qexp: model.fault=hangs: stopped after hydra.launcher.limit_s=10 seconds",
         "qexp: 5 of 6 runs failed; the same command tries them again",
     ):  # fmt: skip
         assert sentence in done.stderr
@@ -90,16 +109,16 @@ def test_a_job_that_raises_crashes_is_killed_or_hangs_ends_alone(folder):
     # What is mended is tried again, and what was finished is not.
     (folder / "faulty.py").write_text(FAULTY.replace("is not None", "is 7"))
     before = {path: path.stat().st_mtime_ns for path in folder.glob("outputs/runs/*/metrics.json")}
-    again = sweep(folder, *words)
+    again = sweep(*words)
     assert (again.returncode, len(finished(folder))) == (0, 6), again.stderr
     assert "1 of 6 runs were finished before" in again.stderr
     assert all(path.stat().st_mtime_ns == changed for path, changed in before.items())
     assert not list(folder.glob("outputs/failed/*"))
 
 
-def test_fail_fast_ends_the_sweep_at_the_first_failure(folder):
+def test_fail_fast_ends_the_sweep_at_the_first_failure(folder, sweep):
     words = [*faulty("raises", "none"), "seed=0,1,2,3", "hydra.launcher.keep_going=false", "hydra.launcher.workers=1"]
-    done = sweep(folder, *words)
+    done = sweep(*words)
     assert done.returncode == 1
     assert "was not run" in done.stderr
     assert len(finished(folder)) < 4
@@ -131,14 +150,24 @@ def test_workers_of_a_sweep_that_is_killed_end_too(folder):
     wait_for(lambda: not alive(process.pid))
 
 
-def test_two_sweeps_at_once_share_the_work(folder):
+def sweep_into(file, words):
+    """In a process that has imported what a sweep needs: the command, with stderr into a file."""
+    with file.open("w") as sys.stderr:
+        cli.main(["-m", *FAST, *words])
+
+
+def test_two_sweeps_at_once_share_the_work(folder, monkeypatch):
     words = [*faulty("none"), "seed=range(0,8)"]
-    both = [
-        subprocess.Popen(command(*words), cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], errors
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["qexp.launch.preload"])
+    both = [context.Process(target=sweep_into, args=(folder / f"{n}.txt", words)) for n in range(2)]
+    monkeypatch.chdir(folder)
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(300)
+    errors = [(folder / f"{n}.txt").read_text() for n in range(2)]
+    assert [process.exitcode for process in both] == [0, 0], errors
     assert len(finished(folder)) == 8
     assert sum(len(re.findall(r"finished  seed=", text)) for text in errors) == 8
 
