@@ -1,6 +1,7 @@
 """Sweeps that survive: what they leave is the same however often they were interrupted, and no run is made twice."""
 
 import json
+import multiprocessing
 import os
 import random
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from qexp import cli
 from qexp.attempt import Attempt, Outcome
 from qexp.jobs import compose_call, compose_jobs
 from qexp.report.board import Board, Costs
@@ -21,12 +23,32 @@ FAST = ["trainer.epochs=1", "engine=none", "model.width=4"]
 GRID = ["calibration=minmax,mse", "quantizer=int8,w4a8"]
 
 
+HERE, THERE = "hydra/launcher=in_process", "hydra/launcher=local"
+LOGS, RUNS = "logs/*.txt", "runs/*/metrics.json"
+
+
 def sweep(folder, *words):
-    environment = {"PYTHONPATH": str(ROOT), **{k: v for k, v in os.environ.items() if not k.startswith("WANDB")}}
-    return subprocess.Popen(
-        [sys.executable, "-m", "qexp", "-m", *FAST, *words], cwd=folder, env=environment, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+    """Start the command in a process and a session of its own, forked from one that has imported what it needs."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["qexp.launch.preload"])
+    process = context.Process(target=_sweep, args=(folder, words))
+    process.start()
+    return process
+
+
+def _sweep(folder, words):
+    os.setsid()
+    os.chdir(folder)
+    for name in [name for name in os.environ if name.startswith("WANDB")]:
+        del os.environ[name]
+    with open(os.devnull, "w") as sys.stdout, open("stderr.txt", "w") as sys.stderr:
+        cli.main(["-m", *FAST, *words])
+
+
+def end(process, folder):
+    """Its exit code and what it said on stderr."""
+    process.join(500)
+    return process.exitcode, (folder / "stderr.txt").read_text()
 
 
 def results(folder):
@@ -37,31 +59,38 @@ def results(folder):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    process = sweep(folder, *GRID, "logger.mode=offline")
-    _, err = process.communicate(timeout=500)
-    assert process.returncode == 0, err
+    code, err = end(sweep(folder, *GRID, "logger.mode=offline", HERE), folder)
+    assert code == 0, err
     return folder
+
+
+def changes(folder, pattern):
+    return {path: path.stat().st_mtime_ns for path in folder.glob(f"outputs/{pattern}")}
 
 
 @pytest.mark.slow
 def test_a_sweep_that_was_killed_at_random_ends_with_the_same_bytes(undisturbed, tmp_path):
-    """kill -9 of everything at once, at moments drawn anew; then the same command."""
+    """kill -9 of everything at once, at moments drawn anew after a job began or ended; then the same command."""
     draw = random.Random(7)
     made = set()
-    for _ in range(4):
-        process = sweep(tmp_path, *GRID, "logger.mode=offline")
-        time.sleep(draw.uniform(2, 7))
-        os.killpg(process.pid, 9)
-        process.communicate()
-        now = {path: path.stat().st_mtime_ns for path in tmp_path.glob("outputs/runs/*/metrics.json")}
+    rounds = [(HERE, LOGS), (THERE, LOGS), (HERE, RUNS), (HERE, LOGS)]
+    for launcher, pattern in rounds:
+        before = changes(tmp_path, pattern)
+        process = sweep(tmp_path, *GRID, "logger.mode=offline", launcher)
+        while process.is_alive() and changes(tmp_path, pattern) == before:
+            time.sleep(0.05)
+        time.sleep(draw.uniform(0, 2))
+        if process.is_alive():
+            os.killpg(process.pid, 9)
+        process.join()
+        now = changes(tmp_path, RUNS)
         assert all(json.loads(path.read_text())["status"] == "finished" for path in now)
         made |= set(now.items())
-    process = sweep(tmp_path, *GRID, "logger.mode=offline")
-    _, err = process.communicate(timeout=500)
-    assert process.returncode == 0, err
+    code, err = end(sweep(tmp_path, *GRID, "logger.mode=offline"), tmp_path)
+    assert code == 0, err
     assert results(tmp_path) == results(undisturbed)
-    final = {(path, path.stat().st_mtime_ns) for path in tmp_path.glob("outputs/runs/*/metrics.json")}
-    assert made <= final  # what was finished was never made again
+    final = set(changes(tmp_path, RUNS).items())
+    assert made and made <= final  # what was finished was never made again
     assert len(final) == 4
     for folder in tmp_path, undisturbed:
         records = [path.name.split("-")[-1] for path in folder.glob("outputs/wandb/offline-run-*")]
@@ -72,9 +101,8 @@ def test_a_sweep_that_was_killed_at_random_ends_with_the_same_bytes(undisturbed,
 def test_the_same_sweep_again_makes_nothing_and_says_so(undisturbed):
     before = {path: path.stat().st_mtime_ns for path in undisturbed.glob("outputs/**/*") if path.is_file()}
     bytes_before = results(undisturbed)
-    process = sweep(undisturbed, *GRID, "seed=0,0", "logger.mode=offline")
-    _, err = process.communicate(timeout=300)
-    assert (process.returncode, "4 of 4 runs were finished before" in err) == (0, True), err
+    code, err = end(sweep(undisturbed, *GRID, "seed=0,0", "logger.mode=offline"), undisturbed)
+    assert (code, "4 of 4 runs were finished before" in err) == (0, True), err
     assert results(undisturbed) != b"" and len(json.loads(results(undisturbed))) == 8  # a row for each that was asked
     runs = {path: changed for path, changed in before.items() if "runs" in path.parts}
     assert all(path.stat().st_mtime_ns == changed for path, changed in runs.items())
