@@ -58,7 +58,8 @@ def test_every_experiment_names_its_source_and_runs(name, tmp_path_factory):
     if "      seed: " in text:
         fast.append("seed=0")
     if "/model: minilm" in text:  # as far as the experiment goes, a small one is like it
-        fast += ["model=bert_tiny_random", "data.length=16", "data.most_per_class=20"]
+        fast += ["model=bert_tiny_random", "model.layers=1", "data.length=16", "data.most_per_class=6"]
+        fast += ["data.calibration_size=64", "trainer.threads=1"]
     first, *_ = compose_jobs([f"experiment={name}", *fast], multirun=False)
     plan = first.settings.finetune
     if plan is not None and plan.epochs > 2 and name not in LATER:
