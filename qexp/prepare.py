@@ -100,15 +100,18 @@ def evaluating(net: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def require_logits(net: nn.Module, images: Tensor, num_classes: int) -> None:
+def require_logits(net: nn.Module, images: Tensor, data: pl.LightningDataModule) -> None:
     """Refuse a network that cannot be called on these samples, or returns no logits. Errors: ConfigError."""
-    kind, shape = type(net).__name__, tuple(images.shape)
+    kind, num_classes = type(net).__name__, data.num_classes
     try:
         with evaluating(net):
             logits = net(images)
     except Exception as error:  # whatever the network's own code raises
         why = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"model: {kind} cannot be called on a batch of shape {shape} ({why})") from error
+        batch = f"{str(images.dtype).removeprefix('torch.')} of shape {tuple(images.shape)}"
+        raise ConfigError(
+            f"model: {kind} cannot be called on batches of {type(data).__name__}, {batch} ({why})"
+        ) from error
     if not isinstance(logits, Tensor):
         raise ConfigError(f"model: {kind} returns a {type(logits).__name__}, but must return logits")
     if logits.shape != (len(images), num_classes):
@@ -151,7 +154,7 @@ def ready(settings: Settings) -> tuple[pl.LightningDataModule, nn.Module, list[E
         calibration_loader(data, settings.seed)
         shapes, images = None, example_images(data)
         if recipe.activation.granularity != PerTensor():
-            require_logits(net, images, data.num_classes)
+            require_logits(net, images, data)
             with evaluating(net):
                 shapes = site_shapes(net, images)
         try:
@@ -198,7 +201,7 @@ def _with_additions(net: nn.Module, data: pl.LightningDataModule, recipe: Recipe
     if all(fnmatch.filter(names, pattern) for pattern in recipe.exclude):
         return net
     images = example_images(data)
-    require_logits(net, images, data.num_classes)
+    require_logits(net, images, data)
     with evaluating(net):
         try:
             return additions_to_modules(net, Dataflow(net, images))[0]

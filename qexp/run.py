@@ -66,7 +66,12 @@ class Run:
         return self.settings.config["engine"]
 
     def refused(self, what: str, engine: Engine | None = None) -> None:
-        """Go on without an engine, or with none at all, and say so in the record and on the terminal."""
+        """Go on without an engine, or with none at all, and say so in the record and on the terminal.
+
+        Errors: ConfigError where engines were asked for by name.
+        """
+        if self.engine["required"]:
+            raise _unable(what, [engine] if engine else self.engines)
         self.engines = [other for other in self.engines if engine not in (None, other)]
         before = self.metrics.get("engine/refused")
         self.metrics["engine/refused"] = f"{before}; {what}" if before else what
@@ -110,6 +115,10 @@ def run(settings: Settings) -> Run:
     return job
 
 
+def _unable(why: str, engines: list[Engine]) -> ConfigError:
+    return ConfigError(f"engine={', '.join(engine.name for engine in engines)}: {why}; engine=none simulates it")
+
+
 class Trained(NamedTuple):
     """A float network with its weights, traced, and what it was made of; `cache` is where its weights are."""
 
@@ -126,13 +135,16 @@ def trained(settings: Settings, outputs: Path, logger: Any) -> Trained:
     with terminal.stage("data and network"):
         data, net, engines = prepare.ready(settings)
     example = prepare.example_images(data)
-    prepare.require_logits(net, example, data.num_classes)
+    prepare.require_logits(net, example, data)
+    if told := getattr(data, "notice", None):
+        terminal.output.print(told, markup=False)
     cache, flow = caches.float_cache(settings, net, data, outputs), None
     if not cache.folder.exists():
         with prepare.evaluating(net):
             flow = _trace(net, example)  # what cannot be need not be trained
             prepare.require_spreadable(net, flow, settings)
             smoothing.require_groups(net, flow, settings)
+            _require_engines(engines, flow, settings)
     prepare.train_(net, settings, data, cache, logger)
     if settings.config["channel_spread"]:
         prepare.spread_(net, _trace(net, example), settings)
@@ -148,12 +160,24 @@ def trained(settings: Settings, outputs: Path, logger: Any) -> Trained:
     return Trained(data, net, flow, engines, cache)
 
 
+def _require_engines(engines: list[Engine], flow: Dataflow, settings: Settings) -> None:
+    """Refuse what an engine that was asked for by name cannot run. Errors: ConfigError."""
+    if settings.config["engine"]["required"] and settings.method != "fp32" and settings.simulation_only is None:
+        for engine in engines:
+            try:
+                engine.recipe(settings.recipe, flow)
+            except EngineRefused as error:
+                raise _unable(str(error), [engine]) from None
+
+
 def _float_network(settings: Settings, outputs: Path, logger: Any) -> Run:
     """The trained network evaluated and, where engines are to run it, in ONNX."""
     data, net, flow, engines, cache = trained(settings, outputs, logger.lightning)
     reference = passes.reference(settings, data, net, cache)
     sketches = caches.sketch_cache(cache, settings)
     metrics = {"acc/fp32": reference.accuracy, "data/test_samples": len(reference.logits)}
+    if hasattr(data, "truncated"):
+        metrics["data/truncated"] = data.truncated
     job = Run(settings, data, net, flow, engines, reference.logits, sketches, settings.recipe, metrics)
     job.embeddings = reference.embeddings
     job.float_network = cache.folder

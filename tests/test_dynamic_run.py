@@ -72,6 +72,8 @@ def test_a_dynamic_run_leaves_its_figures_and_says_who_depends_on_the_batch(fold
         assert figures["parity/output_sqnr_db"] > 40 and figures["parity/argmax_flips"] == 0
         assert figures["parity/timed_sqnr_db"] is None or figures["parity/timed_sqnr_db"] > 40
     lines = printed.splitlines()
+    cut = f"data: {metrics['data/truncated']} of 90 texts have more than 12 tokens and were truncated (data.length)"
+    assert metrics["data/truncated"] > 1 and cut in lines
     beware = f"of 16 samples {one['dynamic/batch_flips']} are decided differently alone (SQNR"
     assert any(
         line.startswith(f"beware: onnxruntime: the range of each call is one for the whole batch: {beware}")
@@ -79,7 +81,7 @@ def test_a_dynamic_run_leaves_its_figures_and_says_who_depends_on_the_batch(fold
     )
     assert any(line.startswith("openvino: the result of a sample does not depend on its batch") for line in lines)
     assert "dynamic" in next(line for line in lines if line.startswith("activations "))
-    assert "bert_tiny_random W8A8 per_channel dynamic s0" in printed
+    assert "bert_tiny_random W8A8 per_channel dynamic per_tensor s0" in printed
 
 
 def test_ranges_of_tokens_are_run_by_one_engine_and_refused_by_the_other_in_a_sentence(folder, capsys):
@@ -196,6 +198,22 @@ def refused(folder, *asked: str) -> str:
         run(job.settings)
     assert "\n" not in str(refusal.value)
     return str(refusal.value)
+
+
+FORMS = {
+    "engine=openvino granularity=per_token": "openvino: openvino refuses the graph: it computes ",
+    "engine=onnxruntime granularity=per_token_group granularity.activation.size=16": "onnxruntime: onnxruntime refuses",
+    "engine=openvino granularity=per_token_group granularity.activation.size=24 granularity.activation.pad=true": (
+        "openvino: openvino refuses the graph: groups of 24 do not divide the 32 features of "
+    ),
+}
+
+
+@pytest.mark.parametrize("words", FORMS)
+def test_a_form_that_the_engine_of_ones_choice_lacks_is_refused(folder, words):
+    symmetric = "quantizer.activation.convention=restricted"
+    sentence = refused(folder, "method=dynamic", symmetric, "seed=77", *words.split())
+    assert sentence.startswith(f"engine={FORMS[words]}") and sentence.endswith("; engine=none simulates it")
 
 
 def test_attention_that_computes_past_its_layers_is_refused_with_a_way_out(folder, monkeypatch):

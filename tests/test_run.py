@@ -300,7 +300,10 @@ REFUSED = {
     "model._target_=mine.Data": (ConfigError, "model._target_=mine.Data: must return an nn.Module, not Data"),
     "model._target_=mine.Odd +model.way=tuple": (ConfigError, "model: Odd returns a tuple, but must return logits"),
     "model._target_=mine.Odd +model.way=short": (ConfigError, r"model: Odd returns a tensor of shape \(2, 2\), but"),
-    "model._target_=mine.Odd +model.way=raises": (ConfigError, r"Odd cannot be called on a batch of .* \(no idea\)"),
+    "model._target_=mine.Odd +model.way=raises": (
+        ConfigError,
+        r"Odd .* on batches of Data, float32 .* \(no idea\)",
+    ),
     "model._target_=mine.Odd +model.way=branches": (ConfigError, "model: Odd cannot be exported: "),
     "model._target_=mine.number": (ConfigError, "model._target_=mine.number: must be a class or function"),
     "data._target_=mine.Net": (ConfigError, "data._target_=mine.Net: "),
@@ -390,12 +393,26 @@ def test_an_engine_that_refuses_is_named_and_the_other_goes_on(outputs, tmp_path
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "moody", raising=False)
     engines = ["+engine.engines.moody._target_=moody.Moody", f"+engine.engines.moody.batch={batch}"]
-    job = start(outputs, "engine=onnxruntime", "engine.batch_size=7", f"method={method}", *engines)
+    job = start(
+        outputs, "engine=onnxruntime", "engine.batch_size=7", f"method={method}", *engines, "engine.required=false"
+    )
     assert job.metrics["engine/refused"] == "moody refuses the graph: not in the mood"
     assert "without moody: moody refuses the graph: not in the mood" in capsys.readouterr().out
     assert job.metrics["engine/winner"] == "onnxruntime"
     assert not [name for name in job.metrics if name.startswith("moody/")]
     assert not [path.name for path in job.folder.iterdir() if "moody" in path.name]
+
+
+def test_an_engine_that_was_asked_for_by_name_and_refuses_ends_the_run(outputs, tmp_path, monkeypatch):
+    (tmp_path / "moody.py").write_text(MOODY)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "moody", raising=False)
+    engines = ["+engine.engines.moody._target_=moody.Moody", "+engine.engines.moody.batch=null"]
+    why = "^engine=moody: moody refuses the graph: not in the mood; engine=none simulates it$"
+    before = set(outputs.glob("runs/*"))
+    with pytest.raises(ConfigError, match=why):
+        start(outputs, "engine=onnxruntime", *engines)
+    assert set(outputs.glob("runs/*")) == before
 
 
 def test_an_engine_that_would_run_in_float_is_not_timed_as_int8(outputs):

@@ -68,7 +68,7 @@ REFUSED = {
     "quantizer=int16 engine=openvino": "engine=openvino: cannot run it, because weights are int16",
     "granularity=per_token engine=openvino": (
         "engine=openvino: cannot run it, because activations are uint8 affine, per_token, minmax, which no engine "
-        "computes in each call; they compute affine per_tensor, restricted per_token and restricted per_group"
+        "computes in each call; of 8 bits and by minmax, ONNX Runtime computes affine per_tensor and restricted"
     ),
     "granularity=per_group granularity.weight.size=0": "granularity.weight.size=0: must be an integer of at least 1",
     "granularity=per_group granularity.weight.pad=1": "granularity.weight.pad=1: allowed are true and false",

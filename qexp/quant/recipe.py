@@ -10,7 +10,10 @@ from qexp.quant.granularity import Granularity, PerChannel, PerColumn, PerGroup,
 from qexp.quant.grid import Grid, IntegerGrid
 from qexp.quant.rounding import HalfEven, Rounding
 
-COMPUTED = "they compute affine per_tensor, restricted per_token and restricted per_group, all of 8 bits and by minmax"
+COMPUTED = (
+    "of 8 bits and by minmax, ONNX Runtime computes affine per_tensor and restricted per_token, OpenVINO restricted "
+    "per_group, which it takes for per_tensor too"
+)
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,7 @@ class Recipe:
         """
         usual = self.activation
         if of_product and usual.granularity not in (PerTensor(), PerToken()):
-            usual = replace(usual, granularity=PerTensor(), dynamic=usual.of_call)
+            usual = replace(usual, granularity=PerToken() if usual.of_call else PerTensor(), dynamic=usual.of_call)
         return next((scheme for pattern, scheme in reversed(self.sites) if _fits(site, pattern)), usual)
 
 

@@ -87,7 +87,8 @@ def test_a_job_that_raises_crashes_is_killed_or_hangs_ends_alone(folder, sweep):
     done = sweep(*words, "hydra.launcher.limit_s=10")
     assert done.returncode == 1
     for sentence in (
-        "qexp: model.fault=raises: model: Faulty cannot be called on a batch of shape (2, 1, 8, 8) (it is broken <b>)",
+        "qexp: model.fault=raises: model: Faulty cannot be called on batches of Digits, float32 of shape (2, 1, 8, 8) "
+        "(it is broken <b>)",
         "qexp: model.fault=killed: its process was ended by SIGKILL",
         "qexp: model.fault=crashes: its process was ended by SIGSEGV",
         "qexp: model.fault=exits: its process ended with exit code 7 (its log: outputs/logs/",

@@ -163,14 +163,16 @@ def test_scales_of_groups_and_channels_belong_to_layers_with_weights():
     a, b = torch.randn(2, 3, 8), torch.randn(2, 8, 4)
     for granularity in PerGroup(4), PerChannel(1):
         recipe = Recipe(WEIGHTS, Scheme(SYMMETRIC, granularity, dynamic=True))
-        assert recipe.activation_of("product.a", of_product=True) == Scheme(SYMMETRIC, PerTensor(), dynamic=True)
+        assert recipe.activation_of("product.a", of_product=True) == Scheme(SYMMETRIC, PerToken(), dynamic=True)
         assert recipe.activation_of("fc.input").granularity == granularity
     layer = nn.Sequential(MatMul(), nn.Linear(4, 4))
     quantize_(layer, Recipe(WEIGHTS, Scheme(SYMMETRIC, PerGroup(4))))
     for site in layer[0].children():
         site.mode = Mode.QUANTIZE
-    one = Scheme(SYMMETRIC, dynamic=True)
-    torch.testing.assert_close(layer[0](a, b), quantizer(one)(a) @ quantizer(one)(b))
+    token = Scheme(SYMMETRIC, PerToken(), dynamic=True)
+    torch.testing.assert_close(layer[0](a, b), quantizer(token)(a) @ quantizer(token)(b.mT).mT)
+    stored = Recipe(WEIGHTS, Scheme(SYMMETRIC, PerChannel(1)))
+    assert stored.activation_of("product.a", of_product=True) == Scheme(SYMMETRIC)
 
 
 def test_of_schemes_for_a_site_the_last_that_fits_counts():
@@ -214,7 +216,7 @@ def test_what_an_engine_computes_in_each_call_and_what_is_simulated_in_one_sente
     if why:
         assert "\n" not in why and Recipe(activation=scheme).simulation_only == f"activations are {why}"
     if why and isinstance(scheme.grid, IntegerGrid) and scheme.rounding != Floor():
-        assert "which no engine computes in each call; they compute affine per_tensor, restricted per_token" in why
+        assert "which no engine computes in each call; of 8 bits and by minmax, ONNX Runtime computes affine" in why
 
 
 def test_nothing_is_observed_stored_or_calibrated_where_ranges_are_of_each_call():
