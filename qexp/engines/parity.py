@@ -25,8 +25,9 @@ class Certificate:
 
     `steps[k]` counts codes that are k steps apart. Of `local_steps` the simulation was given the engine's own codes at
     every site before: so it counts what one layer does, while in `steps` a difference grows from layer to layer; it is
-    taken over the first batch. `faithful` says whether the graph that also returns its codes
-    gave the same outputs, to the bit, as the graph that is timed: only then do the codes speak for it.
+    taken over the first batch. `faithful` says whether the graph that also returns its codes gave the same outputs, to
+    the bit, as the graph that is timed. An engine that fuses less where a tensor is returned sums in another order;
+    `echo_noise`, the squares of the differences, says whether that is all, so that the codes speak for both.
     """
 
     samples: int = 0
@@ -38,6 +39,8 @@ class Certificate:
     outputs: list[np.ndarray] = field(default_factory=list)
     signal: float = 0.0  # sums of squares: of the simulation's outputs, and of their differences from the engine's
     noise: float = 0.0
+    echoed: float = 0.0  # the same of the timed graph's outputs, and of their differences from those beside the codes
+    echo_noise: float = 0.0
 
     def metrics(self) -> dict[str, float]:
         """The figures by the names of the record."""
@@ -51,13 +54,14 @@ class Certificate:
                 "parity/max_step": int(self.steps.nonzero()[0].max()),
                 "parity/local_identical": float(self.local_steps[0] / self.local_steps.sum()),
                 "parity/local_max_step": int(self.local_steps.nonzero()[0].max()),
+                "parity/faithful": self.faithful,
+                "parity/faithful_sqnr_db": sqnr_db(self.echoed, self.echo_noise),
             }
         return {
             **figures,
             "parity/codes": total,
             "parity/output_sqnr_db": sqnr_db(self.signal, self.noise),
             "parity/argmax_flips": self.flips,
-            "parity/faithful": self.faithful,
             "acc/engine": self.correct / self.samples,
         }
 
@@ -96,6 +100,8 @@ def _compare(certificate, sessions, artefact: Artefact, simulation: nn.Module, i
     (logits,) = sessions[0].run(batch)
     echoed, *engine_codes = sessions[1].run(batch)
     certificate.faithful &= bool(np.array_equal(logits, echoed))
+    certificate.echoed += float(np.square(logits[:n].astype(np.float64)).sum())
+    certificate.echo_noise += float(np.square(logits[:n].astype(np.float64) - echoed[:n]).sum())
     simulated, expected = _simulate(simulation, images)
     by_tensor = {artefact.codes[site]: codes for site, codes in expected.items() if site in artefact.codes}
     found = {
