@@ -126,7 +126,10 @@ def page(words: list[str], config_dir: str | None, verbs: dict[str, str]) -> str
             pages += [_option_page(configs, key, name) for name in value.split(",") if name != "null"]
         elif not equals and group in configs.groups:
             pages.append(_group_page(configs, group))
-        elif not equals and group not in known:
+        elif not equals and group in known:
+            keys = [key for key in configs.keys if key.name.partition(".")[0] == group]
+            pages.append("\n".join(_rows((f"{key.name}={key.value}", key.comment) for key in keys)) + "\n")
+        elif not equals:
             there = ", ".join([*configs.groups, *verbs])
             raise ConfigError(f"--help {word}: no such group or verb; there are {there}")
     return "\n".join(pages) or _overview(configs, verbs)

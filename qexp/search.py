@@ -128,7 +128,7 @@ def dry_search(call: Call) -> int:
     terminal.output.print(f"search {identity} by {search.sampler}: {aims}", markup=False)
     at_once = launcher.at_once(call.jobs) if search.at_once == "auto" else search.at_once
     left, guesses = max(search.trials - ended, 0), [known.guess(job.kind) for job in call.jobs]
-    about = "no finished run in this folder says how long"
+    about = "no finished run like these says how long"
     if None not in guesses:
         seconds = round(left * sum(guesses) / len(guesses) / at_once)
         about = f"about {datetime.timedelta(seconds=seconds)}"

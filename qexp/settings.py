@@ -74,7 +74,8 @@ class Settings:
         smoothed = f" {self.smoothed}" if self.smoothed else ""
         smoothed += f" bias_correction={self.bias_samples}" if self.bias_samples else ""
         tuned = "" if self.finetune is None else f" {self.config['finetune']['name']}"
-        ranges = "dynamic" if recipe.activation.dynamic else recipe.activation.calibration
+        activation = recipe.activation
+        ranges = f"dynamic {activation.granularity}" if activation.dynamic else activation.calibration
         schemes = f"{recipe.weight.granularity} {ranges}"
         return f"{choice} {bits} {schemes}{smoothed}{tuned} s{self.seed}"
 

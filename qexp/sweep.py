@@ -198,7 +198,7 @@ def dry_run(call: Call) -> int:
     if not missing:
         about = "store=rerun makes them again"
     elif None in guesses:
-        about = "no finished run in this folder says how long"
+        about = "no finished run like these says how long"
     else:
         beside = f" with {workers} at once" if workers > 1 else ""
         about = f"about {datetime.timedelta(seconds=round(sum(guesses) / workers))}{beside}"

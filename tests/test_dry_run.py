@@ -23,7 +23,7 @@ def dry(tmp_path, monkeypatch, capsys):
 def test_a_run_that_was_never_made(dry, tmp_path):
     told = dry()
     assert "resnet8 W8A8 per_channel minmax s0 to run" in told
-    assert told.endswith("1 of 1 runs to make, no finished run in this folder says how long")
+    assert told.endswith("1 of 1 runs to make, no finished run like these says how long")
     assert not list(tmp_path.glob("outputs/*"))
 
 
@@ -47,7 +47,7 @@ def test_a_search_says_what_it_searches_for_and_how_long(dry, tmp_path):
     told = dry(*words, "hydra.sweeper.at_once=3", "hydra.sweeper.sampler=random")
     assert "quantizer.weight.bits 2,4,8 trainer.lr interval(0.001,0.1)" in told
     assert "by random: acc/drop minimized, size/packed_bytes minimized" in told
-    assert told.endswith("40 of 40 trials to make, 3 at once, no finished run in this folder says how long")
+    assert told.endswith("40 of 40 trials to make, 3 at once, no finished run like these says how long")
     assert not list(tmp_path.glob("outputs/sweeps"))
 
 

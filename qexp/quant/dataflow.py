@@ -248,8 +248,10 @@ def _macs(node: fx.Node) -> int:
 
 
 def _source(node: fx.Node) -> str:
+    """The line that computes a node, or its operator where the line is a part of a statement or of a list."""
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
-    return lines[-1] if lines else node.name
+    whole = bool(lines) and lines[-1].count("(") == lines[-1].count(")") and "," not in lines[-1]
+    return lines[-1] if whole else str(node.target).split(".")[1]
 
 
 class _AdditionTracer(fx.Tracer):

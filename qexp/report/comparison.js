@@ -287,14 +287,28 @@ const runsOf = index => state.mode === "runs" ? [details.runs[index] ?? {}]
   : page.runs.map((run, i) => run.group === index ? details.runs[i] : null).filter(Boolean);
 const layersOf = index => (state.mode === "runs" ? details.runs : details.groups)[index];
 
+// All names of several lists, each behind the one that it follows in its own: tensors keep the order of the network.
+function merged(lists) {
+  const order = [];
+  for (const list of lists) {
+    let place = 0;
+    for (const name of list) {
+      const known = order.indexOf(name);
+      if (known < 0) order.splice(place, 0, name);
+      place = (known < 0 ? place : known) + 1;
+    }
+  }
+  return order;
+}
+
 function drawLayers() {
   if (!$("layers")) return;
-  const kind = $("kind").value, names = new Set();
+  const kind = $("kind").value, lists = [];
   const traces = chosen().map(({index, place}) => {
     const found = layersOf(index);
     if (found?.sites === undefined) return null;
     const kept = details.sites[found.sites].map(([site, of], i) => ({site, of, i})).filter(({of}) => !kind || of === kind);
-    kept.forEach(({site}) => names.add(site));
+    lists.push(kept.map(({site}) => plain(site)));
     const y = kept.map(({i}) => found.sqnr[i]), bars = kept.map(({i}) => found.half?.[i] ?? 0);
     const label = plain(rows()[index].name);
     return {
@@ -304,9 +318,10 @@ function drawLayers() {
       error_y: {type: "data", array: bars, thickness: 1, width: 0, color: colorOf(place)},
     };
   }).filter(Boolean);
-  $("layers").style.minWidth = `${names.size * 22}px`;
+  const order = merged(lists);
+  $("layers").style.minWidth = `${order.length * 22}px`;
   draw("layers", traces, {
-    xaxis: {tickangle: -45, tickfont: {size: 10}, dtick: 1, showgrid: false}, yaxis: {title: {text: "SQNR, dB", standoff: 12}}, height: 440,
+    xaxis: {categoryorder: "array", categoryarray: order, tickangle: -45, tickfont: {size: 10}, dtick: 1, showgrid: false}, yaxis: {title: {text: "SQNR, dB", standoff: 12}}, height: 440,
   }, "No chosen row has one list of tensors; choose rows in the table, or switch to runs.");
 }
 

@@ -44,6 +44,8 @@ if not output.is_terminal:
 LOG_EVERY_S = 20
 BEWARE = 0.01  # share of decisions in which engine and simulation may differ without a word
 DIFFERS_DB = 20  # below it, and so much below that of the other batches, logits are not those of the simulation
+FEW = 4  # names of layers on one line
+SAME_DB = 60  # logits further apart than this are not those of one network, summed in two orders
 LAYERS_AGREE = 0.999  # share of codes that are the same when each layer is given what the engine gave it
 
 Update = Callable[[int, int], None]  # called with what is done and what there is
@@ -191,7 +193,7 @@ def run_table(metrics: dict[str, Any], engines: list[str], title: str) -> Table:
     row("largest step, flipped decisions", _parity_cell)
     row("formats of activations", lambda get: get("int8/formats"))
     row("multiply-accumulates in int8", lambda get: _share(get("int8/mac_coverage")))
-    row("layers in float", lambda get: get("int8/island_names") or _number(get("int8/islands"), "d"))
+    row("layers in float", _islands)
     row("latency fp32 -> int8" if "latency/int8_ms" in metrics else "latency fp32", _latency_cell)
     row("speed-up, 95 % interval", _speedup_cell)
     row("over the best fp32", lambda get: _number(get("latency/speedup_over_best_fp32"), ".2f", "x"))
@@ -236,8 +238,8 @@ def report(folder: Path, settings: Settings, look: str = "") -> None:
     """All of one run from its record: what stayed in float, the table, where to look."""
     metrics = read_metrics(folder)
     with (folder / "unquantized.csv").open(newline="") as file:
-        for layer, kind, reason in list(csv.reader(file))[1:]:
-            output.print(f"in float: {layer} ({kind}): {reason}", markup=False)
+        for line in _in_float(list(csv.reader(file))[1:]):
+            output.print(line, markup=False)
     asked = settings.config["engine"]["engines"]
     engines = [name for name in asked if any(key.startswith(f"{name}/") for key in metrics)]
     samples = metrics["data/test_samples"]
@@ -253,6 +255,12 @@ def report(folder: Path, settings: Settings, look: str = "") -> None:
                     "through the network"
                 )
             output.print(f"{text}: {why}", markup=False)
+        echo_db = metrics.get(f"{name}/parity/faithful_sqnr_db")
+        if echo_db is not None and echo_db < SAME_DB:
+            text = f"beware: the graph in which {name} shows its codes computes something else than the timed one"
+            output.print(
+                f"{text} (SQNR {echo_db:.1f} dB), so that codes equal to the simulation say little", markup=False
+            )
         output_db, timed_db = (metrics.get(f"{name}/parity/{key}_sqnr_db") for key in ("output", "timed"))
         if timed_db is not None and timed_db < DIFFERS_DB and (output_db is None or timed_db < output_db - DIFFERS_DB):
             batch = settings.config["engine"]["batch_size"]
@@ -266,6 +274,25 @@ def report(folder: Path, settings: Settings, look: str = "") -> None:
         title += f"\nweights {settings.recipe.weight}\nactivations {settings.recipe.activation}"
     output.print(run_table(metrics, engines, title))
     where(folder, look)
+
+
+def _in_float(rows: list[list[str]]) -> list[str]:
+    """One line for each kind of layer and reason; of many layers the first ones."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for layer, kind, reason in rows:
+        found.setdefault((kind, reason), []).append(layer)
+    return [f"in float: {_few(layers)} ({kind}): {reason}" for (kind, reason), layers in found.items()]
+
+
+def _few(names: list[str]) -> str:
+    more = len(names) - FEW
+    return ", ".join(names) if more <= 1 else f"{', '.join(names[:FEW])} and {more} more"
+
+
+def _islands(get) -> str:
+    """Layers that an engine runs in float, by name where they are few."""
+    names = (get("int8/island_names") or "").split(", ")
+    return ", ".join(names) if names[0] and len(names) <= FEW else _number(get("int8/islands"), "d")
 
 
 def _of_batch(engine: str, metrics: dict[str, Any]) -> str | None:
