@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from qexp.compare.differences import at
 from qexp.compare.groups import (
     ACC,
     MEANING,
@@ -52,6 +53,7 @@ SPARED = [
 # Less of these is better; more of acc/..., sqnr/..., parity/identical and the speed-ups; of the others who knows.
 COSTS = "latency/", "size/", "time/", "acc/drop", "finetune/loss"
 COST_AXES = ["latency/int8_ms", "size/packed_bytes"]
+UNLIKE = "data._target_", "engine.batch_size", "engine.threads"  # what makes accuracy or latency another figure
 AXES = {ACC: "accuracy, %", "latency/int8_ms": "latency in int8, ms", "size/packed_bytes": "size, KiB"}
 
 
@@ -150,6 +152,10 @@ def remarks(groups: Sequence[Group]) -> list[str]:
         said.append(f"{_count(lone, 'group')} of one run: n = 1 has no interval")
     if mixed(groups):
         said.append("some groups hold runs that differ in more than their seeds: their intervals are over all of these")
+    unlike = [key for key in UNLIKE if len({str(at(run.config, key)) for run in runs}) > 1]
+    if unlike:
+        keys = " and ".join(key.removesuffix("._target_") for key in unlike)
+        said.append(f"runs differ in {keys}: their accuracy or latency is not of one thing; --where keeps some")
     if apart := origins(runs):
         said.append(f"runs {', '.join(apart)}")
     return said

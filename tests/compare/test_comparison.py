@@ -67,6 +67,14 @@ def test_what_has_no_interval_says_so(make):
     assert "differ in more than their seeds" in remarks(groups_of(read([make.outputs]).runs, ["model"]))[0]
 
 
+def test_figures_of_unlike_things_are_told_apart(make):
+    for batch in 1, 64:
+        config = make.config(0, 8)
+        make.run(config | {"engine": config.get("engine", {}) | {"batch_size": batch}})
+    (told,) = remarks(groups_of(read([make.outputs]).runs))
+    assert told == "runs differ in engine.batch_size: their accuracy or latency is not of one thing; --where keeps some"
+
+
 def test_rows_are_the_means_with_both_ends(groups):
     columns, rows = comparison_rows(groups, ["acc"])
     assert columns == ["calibration", "quantizer.bits", "n", "acc", "acc/lo", "acc/hi"]

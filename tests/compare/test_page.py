@@ -142,6 +142,7 @@ def test_the_front_is_that_of_the_library_and_charts_show_what_is_chosen(browser
     found.layers = data("layers").map(trace => [...trace.y]);
     select("kind", "weight");
     found.weights = data("layers").map(trace => [...trace.x]);
+    found.merged = merged([["b", "d"], ["a", "b", "c", "d", "e"], ["d", "f"], ["x"]]);
     found.curves = data("curves").map(trace => [...trace.y]);
     for (const chip of all(".chip")) chip.click();
     await pause();
@@ -165,6 +166,8 @@ def test_the_front_is_that_of_the_library_and_charts_show_what_is_chosen(browser
         assert found[key] == pytest.approx(expected)
     assert found["bars"] == pytest.approx([100 * groups[0].mean("acc").half])
     assert len(found["chips"]) == len(found["layers"]) == 4
+    # Every list keeps its order in the one that all share.
+    assert found["merged"] == ["x", "a", "b", "c", "d", "f", "e"]
     assert found["layers"][0] == [20.0, 21.0, 22.0]
     assert found["weights"][0] == ["stem.conv.weight", "head.fc.weight"]
     assert found["curves"] == [pytest.approx([1.0, 0.5, 0.3333])]
