@@ -92,6 +92,8 @@ def test_a_damaged_file_is_named(tmp_path, text):
 def test_words_that_mean_nothing_are_refused():
     with pytest.raises(ConfigError, match="--help calibraton: no such group or verb; there are method, "):
         page(["calibraton"], None, VERBS)
+    told = page(["bias_correction"], None, VERBS)
+    assert told.startswith("  bias_correction=0  calibration samples") and "granularity" not in told
     with pytest.raises(ConfigError, match="calibration=foo: no such option; allowed are minmax, aciq"):
         page(["calibration=foo"], None, VERBS)
     with pytest.raises(ConfigError, match="--config-dir=/nowhere: no such folder"):

@@ -140,7 +140,12 @@ class Unfaithful(OnnxRuntime):
 
 def test_a_graph_that_shows_its_codes_but_computes_something_else_is_not_faithful(made):
     done = made.deployed(made.job("perceptron"), Unfaithful())
-    assert done.certificate.metrics()["parity/faithful"] is False
+    figures = done.certificate.metrics()
+    assert figures["parity/faithful"] is False
+    expected = 10 * np.log10(np.square(done.logits.astype(np.float64)).mean() / 1e-6)
+    assert figures["parity/faithful_sqnr_db"] == pytest.approx(expected, abs=0.01)
+    alike = made.deployed(made.job("perceptron"), OnnxRuntime()).certificate.metrics()
+    assert alike["parity/faithful"] is True and alike["parity/faithful_sqnr_db"] == np.inf
 
 
 @pytest.mark.parametrize("layer", ["0", "5"])

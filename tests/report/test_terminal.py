@@ -80,3 +80,15 @@ def test_names_of_float_layers_are_whole_on_a_narrow_terminal():
     text = drawn(lambda _: terminal.run_table(metrics, ["a", "b"], "a run"), 80)
     assert "…" not in text
     assert max(len(line) for line in text.splitlines()) <= 80
+
+
+def test_layers_in_float_are_told_by_reason_and_many_of_them_by_number():
+    rows = [[f"layers.{i}.norm", "LayerNorm", "works element by element"] for i in range(6)]
+    rows += [["embed", "Embedding", "a lookup, no matrix product"]]
+    assert terminal._in_float(rows) == [
+        "in float: layers.0.norm, layers.1.norm, layers.2.norm, layers.3.norm and 2 more (LayerNorm): works element by "
+        "element",
+        "in float: embed (Embedding): a lookup, no matrix product",
+    ]
+    five = [[f"norm{i}", "LayerNorm", "none"] for i in range(5)]
+    assert terminal._in_float(five) == ["in float: norm0, norm1, norm2, norm3, norm4 (LayerNorm): none"]
