@@ -46,7 +46,10 @@ def data_module(config: dict[str, Any]) -> pl.LightningDataModule:
         data.setup("fit")
         data.setup("test")
     except (ValueError, OSError) as error:
-        raise ConfigError(str(error).splitlines()[0]) from error
+        why, words = str(error).splitlines()[0], config["data"].get("vocabulary")
+        if words is not None and words == config["model"].get("weights"):  # it follows the model unless it is set
+            why = why.replace(f"data.vocabulary={words}:", f"model.weights={words}:")
+        raise ConfigError(why) from error
     if not isinstance(getattr(data, "num_classes", None), int):
         raise ConfigError(f"data: {type(data).__name__} must have an attribute num_classes, the number of labels")
     return data
