@@ -99,10 +99,10 @@ def made(net, ids):
 def test_an_engine_computes_what_the_simulation_says(made, make, recipe):
     run = made(make, recipe)
     figures = run.figures
-    assert figures["parity/faithful"]
     if recipe == "group":  # which OpenVINO computes inside of its layers
-        assert figures["parity/codes"] == 0 and "parity/identical" not in figures
+        assert figures["parity/codes"] == 0 and not {"parity/identical", "parity/faithful"} & figures.keys()
     else:
+        assert figures["parity/faithful"]
         assert figures["parity/identical"] >= 0.99  # a step may grow from layer to layer
         assert figures["parity/local_identical"] >= 0.999
         assert figures["parity/local_max_step"] <= 1
