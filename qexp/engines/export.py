@@ -105,7 +105,7 @@ def export_quantized(model: nn.Module, flow: Dataflow) -> onnx.ModelProto:
 
     Each site stands in it for itself; `place` makes of it what one engine gets.
 
-    Errors: NotExportable when a scale or an operator has no ONNX form; RuntimeError when the graph lacks a site.
+    Errors: NotExportable when a scale or an operator has no ONNX form, and when the graph lacks a site.
     """
     prepared = copy.deepcopy(model).eval()
     sites = {q.site for q in quantizers(prepared) if q.mode is Mode.QUANTIZE}
@@ -217,4 +217,4 @@ def _check(model: onnx.ModelProto, activations: set[str], weights: set[str], com
     wrong += [s for s in weights if s not in nodes or initializers.get(nodes[s].input[0]) != onnx.TensorProto.INT8]
     wrong += [s for s in computing if s not in nodes]
     if wrong:
-        raise RuntimeError(f"the exported graph lacks {', '.join(sorted(wrong))}")
+        raise NotExportable(f"the exported graph lacks {', '.join(sorted(wrong))}: a layer that is never called?")

@@ -14,6 +14,7 @@ from onnx import numpy_helper
 
 from qexp.engines.export import _check, export_float, export_quantized, site_of
 from qexp.quant.convert import layers, quantizers
+from qexp.quant.dataflow import NotExportable
 from qexp.quant.quantizer import Mode
 
 NETS = ["plain", "residual", "twice", "pooled", "perceptron"]
@@ -89,7 +90,7 @@ def test_a_site_or_layer_that_the_exporter_loses_is_noticed(made, gone):
     _check(job.graph, *arguments)
     broken = copy.deepcopy(job.graph)
     broken.graph.node.remove(nodes(broken)[gone])
-    with pytest.raises(RuntimeError, match=re.escape(gone)):
+    with pytest.raises(NotExportable, match=re.escape(gone)):
         _check(broken, *arguments)
 
 
