@@ -14,7 +14,7 @@ from PIL import Image
 
 from qexp import prepare
 from qexp.jobs import compose_jobs
-from qexp.run import Run, run
+from qexp.run import Run, _winner, run
 from qexp.sections import ConfigError
 from qexp.store import StoreError, run_id
 from qexp.tracking import METRICS
@@ -401,6 +401,16 @@ def test_an_engine_that_refuses_is_named_and_the_other_goes_on(outputs, tmp_path
     assert job.metrics["engine/winner"] == "onnxruntime"
     assert not [name for name in job.metrics if name.startswith("moody/")]
     assert not [path.name for path in job.folder.iterdir() if "moody" in path.name]
+
+
+def test_an_engine_that_computes_something_else_wins_only_where_all_do():
+    figures = {name: {"latency/int8_ms": ms} for name, ms in (("slow", 3.0), ("fast", 1.0))}
+    assert _winner({}, "latency/int8_ms") is None
+    assert _winner(figures, "latency/int8_ms") == "fast"
+    figures["fast"]["parity/output_sqnr_db"], figures["slow"]["parity/output_sqnr_db"] = 3.0, 70.0
+    assert _winner(figures, "latency/int8_ms") == "slow"
+    figures["slow"]["parity/output_sqnr_db"] = 10.0
+    assert _winner(figures, "latency/int8_ms") == "fast"
 
 
 def test_an_engine_that_was_asked_for_by_name_and_refuses_ends_the_run(outputs, tmp_path, monkeypatch):
