@@ -69,7 +69,7 @@ METRICS = {
     "bias_correction/skipped": "layers whose bias was not, because they are used more than once",
     "time/calibrate_s": "from the float network to a calibrated one: folding, smoothing, ranges, biases",
     "time/total_s": "the whole run",
-    "engine/winner": "the fastest in int8 of those with parity/output_sqnr_db from 20 dB on; its figures have plain names",
+    "engine/winner": "the fastest in int8 of those with parity/output_sqnr_db from 20 dB on; plain names are its",
     "engine/refused": "engines that could not run this model, and why",
     "status": "finished, or there is no file",
 }
