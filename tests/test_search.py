@@ -71,9 +71,7 @@ def test_the_front_is_what_no_other_trial_beats(asked):
     points = {job.run_id: job.finished() for job in call.jobs if job.finished()}
     pairs = {run: (metrics["acc/drop"], metrics["size/packed_bytes"]) for run, metrics in points.items()}
     beaten = {
-        run
-        for run, (a, b) in pairs.items()
-        if any(x <= a and y <= b and (x, y) != (a, b) for x, y in pairs.values())
+        run for run, (a, b) in pairs.items() if any(x <= a and y <= b and (x, y) != (a, b) for x, y in pairs.values())
     }
     front = pairs.keys() - beaten
     assert set(told["front"]) == front and len(front) > 1

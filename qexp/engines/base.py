@@ -37,6 +37,7 @@ class Engine(Protocol):
     """An inference engine."""
 
     name: str
+    fenced: frozenset[str]  # ONNX operators that it fuses with their neighbours to something wrong
 
     def version(self) -> str:
         """Version of the library."""

@@ -29,6 +29,7 @@ class OnnxRuntime:
     """
 
     name = "onnxruntime"
+    fenced = frozenset()
 
     def version(self) -> str:
         return ort.__version__

@@ -32,6 +32,11 @@ class OpenVino:
     """
 
     name = "openvino"
+    # What follows a mean or maximum over tokens, a scale for each feature or a quantizer, is computed for other
+    # features, and a maximum's codes are rounded before it is complete (OpenVINO 2026.4).
+    fenced = frozenset(
+        ("ReduceL1", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare")
+    )
 
     def __init__(self, precision: str = "f32") -> None:
         if precision not in PRECISIONS:

@@ -154,9 +154,7 @@ class TQT(Estimator):
     def refusal(self, scheme: Scheme, is_weight: bool) -> str | None:
         if not isinstance(scheme.grid, IntegerGrid) or scheme.grid.scale != "power_of_two":
             return f"needs an integer grid with scale=power_of_two, as that of quantizer=int8_pow2, not {scheme.grid}"
-        return (
-            "a threshold of each call cannot be learned" if not is_weight and scheme.of_call else None
-        )
+        return "a threshold of each call cannot be learned" if not is_weight and scheme.of_call else None
 
     def attach_(self, quantizer: Quantizer) -> None:
         from torch import nn

@@ -82,6 +82,8 @@ TORCH_REASONS = tuple(
     for aspect in ("codes", "gradient")
     for reason in (wraps_in_int64(aspect), reciprocal(aspect), denormal_reciprocal(aspect))
 )
+
+
 def tools() -> list[Tool]:
     """What the project's environment holds besides OpenVINO, for integers."""
     return [

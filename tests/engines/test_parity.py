@@ -12,8 +12,10 @@ from torch import nn
 from qexp.engines.base import EngineRefused, start
 from qexp.engines.deploy import Deployment, _by_layer, certify_deployment, deploy, measure, simulation_for
 from qexp.engines.onnxruntime import OnnxRuntime
+from qexp.engines.openvino import OpenVino
 from qexp.engines.place import Artefact
 from qexp.quant.convert import layers, quantizers
+from qexp.quant.layers import Add
 from qexp.quant.quantizer import Mode
 
 PAIRS = [
@@ -218,3 +220,56 @@ def test_a_linear_layer_on_tokens_computes_what_the_simulation_says(made, engine
     assert done.certificate.metrics()["parity/identical"] >= 0.999
     assert done.certificate.metrics()["parity/max_step"] <= 1
     assert done.certificate.samples == 24
+
+
+POOLS = {
+    "mean": lambda x: x.mean(1), "sum": lambda x: x.sum(1), "largest": lambda x: x.amax(1),
+    "smallest": lambda x: x.amin(1), "kept": lambda x: x.mean(1, keepdim=True).squeeze(1),
+    "rms": lambda x: (x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()).mean(1),
+}  # fmt: skip
+
+
+class Pooled(nn.Module):
+    """A residual sum of tokens (N, 6, 8), pooled; `scaled` by a factor for each feature, as smoothing leaves it."""
+
+    def __init__(self, pool, scaled: bool) -> None:
+        super().__init__()
+        self.up, self.add, self.head, self.pool = nn.Linear(8, 8), Add(), nn.Linear(8, 5), pool
+        self.register_buffer("factor", torch.rand(8) * 4 + 0.2 if scaled else None)
+
+    def forward(self, x):
+        x = self.pool(self.add(self.up(x), x))
+        return self.head(x if self.factor is None else x * self.factor)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("pool", POOLS)
+def test_tokens_pooled_before_a_quantizer_are_what_the_simulation_says(made, engine, pool, scaled):
+    job = made.quantized(*made.settled(lambda: Pooled(POOLS[pool], scaled), (6, 8)))
+    done = made.deployed(job, engine)
+    figures = done.certificate.metrics()
+    assert figures["parity/faithful"]
+    assert figures["parity/identical"] >= 0.999
+    assert figures["parity/max_step"] <= 1
+    assert figures["parity/output_sqnr_db"] > 50
+    assert done.runs_int8("head")
+
+
+def test_the_largest_of_an_image_is_what_the_simulation_says(made, engine):
+    class Largest(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.head(self.conv(x).amax((2, 3)))
+
+    figures = made.deployed(made.quantized(*made.settled(Largest, (3, 8, 8))), engine).certificate.metrics()
+    assert figures["parity/identical"] >= 0.999
+    assert figures["parity/output_sqnr_db"] > 50
+
+
+def test_the_mean_of_features_in_a_norm_is_left_to_the_engine(made):
+    job = made.quantized(*made.settled(lambda: Pooled(POOLS["rms"], True), (6, 8)))
+    nodes = [node.op_type for node in made.deployed(job, OpenVino()).artefact.model.graph.node]
+    assert (nodes.count("ReduceMean"), nodes.count("Max")) == (2, 2)  # those around the mean of tokens

@@ -195,9 +195,7 @@ def test_a_quantizer_that_is_off_returns_the_tensor_itself():
     assert Quantizer(Scheme())(x) is x
 
 
-@pytest.mark.parametrize(
-    "grid", [IntegerGrid(b, c) for b in (3, 8) for c in CONVENTIONS], ids=str
-)
+@pytest.mark.parametrize("grid", [IntegerGrid(b, c) for b in (3, 8) for c in CONVENTIONS], ids=str)
 @pytest.mark.parametrize("shape", [(), (6, 4)])
 def test_stored_codes_are_the_codes_shifted_into_the_stored_type(grid, shape):
     x = torch.randn(6, 4)
