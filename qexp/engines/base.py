@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 import onnx
 
+from qexp.engines.graph import Graph
 from qexp.quant.dataflow import Dataflow
 from qexp.quant.grid import IntegerGrid
 from qexp.quant.recipe import Recipe, Scheme
@@ -37,7 +38,6 @@ class Engine(Protocol):
     """An inference engine."""
 
     name: str
-    fenced: frozenset[str]  # ONNX operators that it fuses with their neighbours to something wrong
 
     def version(self) -> str:
         """Version of the library."""
@@ -56,6 +56,10 @@ class Engine(Protocol):
 
     def signed_sites(self, flow: Dataflow, schemes: dict[str, Scheme]) -> set[str]:
         """Which activation sites with zero point 0 this engine wants stored as int8; the others are uint8."""
+        ...
+
+    def rewrite(self, graph: Graph) -> None:
+        """Change the graph to a form, equal in value, that this engine computes rightly."""
         ...
 
     def session(self, model: onnx.ModelProto, shape: tuple[int, ...], threads: int, traced: bool = False) -> Session:

@@ -73,7 +73,7 @@ def deploy(engine: Engine, graph: onnx.ModelProto, simulation: nn.Module, flow: 
     off = {quantizer.site for quantizer in quantizers(simulation) if quantizer.mode is Mode.OFF}
     schemes = {site: scheme for site, scheme in activation_schemes(simulation).items() if scheme.grid.symmetric}
     try:
-        artefact = place(graph, off, engine.signed_sites(flow, schemes), engine.fenced)
+        artefact = place(graph, off, engine.signed_sites(flow, schemes), engine.rewrite)
     except NotExportable as error:
         raise EngineRefused(engine, str(error)) from None
     session = start(engine, artefact.model, tuple(flow.example[:1].shape), threads, traced=True)

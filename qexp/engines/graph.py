@@ -21,6 +21,8 @@ class Graph:
     def __post_init__(self) -> None:
         self.graph = self.model.graph
         self.constants = {t.name: numpy_helper.to_array(t) for t in self.graph.initializer}
+        known = (*self.graph.input, *self.graph.value_info)
+        self.ranks = {info.name: len(info.type.tensor_type.shape.dim) for info in known}  # of the exported tensors
 
     def nodes(self, *kinds: str) -> list[onnx.NodeProto]:
         """All nodes of these kinds, in order; the list stays as it is while the graph changes."""

@@ -12,6 +12,7 @@ import onnx
 import onnxruntime as ort
 
 from qexp.engines.base import EngineRefused, beside_weights, symmetric
+from qexp.engines.graph import Graph
 from qexp.quant.dataflow import Dataflow
 from qexp.quant.recipe import Recipe, Scheme
 
@@ -29,7 +30,6 @@ class OnnxRuntime:
     """
 
     name = "onnxruntime"
-    fenced = frozenset()
 
     def version(self) -> str:
         return ort.__version__
@@ -48,6 +48,9 @@ class OnnxRuntime:
 
     def signed_sites(self, flow: Dataflow, schemes: dict[str, Scheme]) -> set[str]:
         return {f"{name}.b" for name in flow.products()} & schemes.keys()
+
+    def rewrite(self, graph: Graph) -> None:
+        pass
 
     def session(
         self, model: onnx.ModelProto, shape: tuple[int, ...], threads: int, traced: bool = False

@@ -12,6 +12,8 @@ from torch import nn
 
 from qexp.engines.base import EngineRefused, beside_weights, symmetric
 from qexp.engines.dynamic import GROUP
+from qexp.engines.fence import fence_perceptrons, fence_reductions
+from qexp.engines.graph import Graph
 from qexp.quant.dataflow import Dataflow
 from qexp.quant.granularity import PerGroup
 from qexp.quant.grid import IntegerGrid
@@ -32,11 +34,6 @@ class OpenVino:
     """
 
     name = "openvino"
-    # What follows a mean or maximum over tokens, a scale for each feature or a quantizer, is computed for other
-    # features, and a maximum's codes are rounded before it is complete (OpenVINO 2026.4).
-    fenced = frozenset(
-        ("ReduceL1", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare")
-    )
 
     def __init__(self, precision: str = "f32") -> None:
         if precision not in PRECISIONS:
@@ -91,6 +88,10 @@ class OpenVino:
     def signed_sites(self, flow: Dataflow, schemes: dict[str, Scheme]) -> set[str]:
         linear = {f"{name}.input" for name in flow.linear_layers()} if flow.products() else set()
         return (linear | {f"{name}.{side}" for name in flow.products() for side in "ab"}) & schemes.keys()
+
+    def rewrite(self, graph: Graph) -> None:
+        fence_reductions(graph)
+        fence_perceptrons(graph)
 
     def session(
         self, model: onnx.ModelProto, shape: tuple[int, ...], threads: int, traced: bool = False

@@ -1,6 +1,6 @@
 """From the exported graph to the one that an engine gets: equal in value, written so that the engine can fuse it.
 
-Five rewrites. Sites that the engine wants in float go. Twin quantizers of one tensor become one, because an engine
+Four rewrites. Sites that the engine wants in float go. Twin quantizers of one tensor become one, because an engine
 fuses a QuantizeLinear into the layer before it only where it is that layer's one reader. A max pool that only a
 quantizer reads runs on its codes, and an activation function that only quantizers read becomes bounds on them:
 quantization is monotone, so
@@ -8,12 +8,12 @@ quantization is monotone, so
     Q(max x) = max Q(x)
     Q(clamp(x, a, b)) = clamp(Q(x), Q(a), Q(b))
 
-hold to the bit, and a convolution, its ReLU6 and a 4-bit quantizer run as one int8 operator. Operators that an engine
-would fuse wrongly get max(x, x) on both sides, past which nothing is fused.
+hold to the bit, and a convolution, its ReLU6 and a 4-bit quantizer run as one int8 operator.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -155,22 +155,6 @@ class _Rewriter(Graph):
                 if all(b.dtype == np.uint8 for b in bounds) and [int(b) for b in bounds] == [0, 255]:
                     self.remove(node, node.input[0])
 
-    def fence(self, kinds: frozenset[str]) -> None:
-        """Put max(x, x) in front of and behind some operators: equal in value, and nothing is fused past it."""
-        for node in self.nodes(*kinds):
-            if self._normalizes(node):
-                continue
-            node.input[0] = self.insert(node, "Max", [node.input[0]] * 2, name=f"{node.name}/before")
-            result, node.output[0] = node.output[0], f"{node.output[0]}/fenced"
-            behind = onnx.helper.make_node("Max", [node.output[0]] * 2, [result], name=f"{node.name}/behind")
-            self.graph.node.insert(list(self.graph.node).index(node) + 1, behind)
-
-    def _normalizes(self, node: onnx.NodeProto) -> bool:
-        """Whether a node is the mean or sum of the features of each token, as norms have it, which engines know."""
-        axes = self.constants.get(node.input[1]) if len(node.input) > 1 else None
-        keeps = all(attribute.i for attribute in node.attribute if attribute.name == "keepdims")
-        return node.op_type in ("ReduceMean", "ReduceSum") and keeps and axes is not None and axes.tolist() == [-1]
-
     def drop_unused_constants(self) -> None:
         used = {name for node in self.graph.node for name in node.input}
         kept = [tensor for tensor in self.graph.initializer if tensor.name in used]
@@ -182,11 +166,11 @@ def place(
     model: onnx.ModelProto,
     float_sites: set[str],
     signed_sites: set[str] = frozenset(),
-    fenced: frozenset[str] = frozenset(),
+    rewrite: Callable[[Graph], None] = lambda graph: None,
 ) -> Artefact:
     """The graph with some activation sites in float, in the form that engines fuse; no value changes otherwise.
 
-    Operators of the kinds in `fenced` are kept apart from their neighbours.
+    `rewrite` is what only one engine needs.
 
     Errors: NotExportable for ranges of each call at what is no linear layer.
     """
@@ -199,7 +183,7 @@ def place(
     rewriter.activations_to_bounds()
     rewriter.drop_idle_clips()
     rewriter.store_signed(signed_sites)
-    rewriter.fence(fenced)
+    rewrite(rewriter)
     rewriter.drop_unused_constants()
     del rewriter.graph.value_info[:]  # shapes before the rewrites; an engine infers its own
     onnx.checker.check_model(rewriter.model)

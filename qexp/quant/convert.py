@@ -139,8 +139,10 @@ def refuse_unquantizable(
                 "write attention with nn.Linear and MatMul, as qexp.models.encoder does, or exclude the layer"
             )
         matrices = [p for p in module.parameters(recurse=False) if p.dim() >= 2]
-        # A module that holds others may own a parameter, such as the positions of a transformer.
-        is_layer = type(module).__module__.startswith("torch.nn.") or not any(True for _ in module.children())
+        # A module that holds others may own a parameter, such as the positions of a transformer. Where additions
+        # became modules, such a module is an nn.Module and no more.
+        known = type(module).__module__.startswith("torch.nn.") and type(module) is not nn.Module
+        is_layer = known or not any(True for _ in module.children())
         if name and is_layer and matrices and type(module) not in QUANTIZED and not isinstance(module, LOOKUPS):
             raise ValueError(
                 f"layer {name!r} is a {type(module).__name__}, which has weights but no quantized counterpart: "

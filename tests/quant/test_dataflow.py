@@ -5,8 +5,11 @@ import torch
 from torch import nn
 
 from qexp.models import resnet8
+from qexp.quant.convert import refuse_unquantizable
 from qexp.quant.dataflow import Dataflow, NotExportable, additions_to_modules
+from qexp.quant.grid import IntegerGrid
 from qexp.quant.layers import Add
+from qexp.quant.recipe import Recipe, Scheme
 
 
 class Small(nn.Module):
@@ -201,6 +204,20 @@ def test_adding_a_parameter_is_no_residual_connection():
             return self.conv(x) + self.shift
 
     assert converted(Shifted(), torch.rand(2, 2, 4, 4))[:2] == ([], None)
+
+
+def test_a_module_that_owns_a_parameter_beside_its_layers_can_still_be_quantized():
+    class Biased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.table = nn.Conv2d(2, 2, 1), nn.Parameter(torch.ones(1, 2, 4, 4))
+
+        def forward(self, x):
+            return x + self.conv(x) * self.table
+
+    adds, warning, made = converted(nn.Sequential(Biased(), nn.Conv2d(2, 2, 1)), torch.rand(2, 2, 4, 4))
+    assert len(adds) == 1 and warning is None
+    refuse_unquantizable(made, Recipe(Scheme(IntegerGrid(8)), Scheme(IntegerGrid(8, "affine"))))
 
 
 def test_a_residual_connection_from_the_input_becomes_a_module():
