@@ -90,7 +90,8 @@ def _measured(job: Job) -> list[Outliers]:
     if settings.config["fold_batchnorm"]:
         fold_batchnorm_(model, found.flow)
     smoothing.smooth_(model, settings, found.data, found.flow, caches.sketch_cache(found.cache, settings))
-    quantized = {name for name, _ in targets(model, settings.recipe)}.difference(found.flow.normalized_additions())
+    in_float = found.flow.normalized_additions() + found.flow.uncalled()
+    quantized = {name for name, _ in targets(model, settings.recipe)}.difference(in_float)
     with terminal.stage("two passes over the calibration data") as update:
         loader = prepare.calibration_loader(found.data, settings.seed)
         with prepare.evaluating(model):

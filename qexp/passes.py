@@ -127,7 +127,7 @@ def calibrated(
         fold_batchnorm_(model, flow)
     model.smoothed = smoothing.smooth_(model, settings, data, flow, sketches)
     try:
-        in_float = flow.normalized_additions()
+        in_float = flow.normalized_additions() + flow.uncalled()
         quantized = {name for name, _ in targets(model, recipe)}.difference(in_float)
         shapes = site_shapes(model, flow.example)
         logits = _logits_layer(net, recipe, flow, quantized)

@@ -222,7 +222,7 @@ def _quantize(job: Run) -> None:
     job.metrics["time/calibrate_s"] = time.perf_counter() - start
     products = [(name, "product", "written as a function") for name in job.flow.functional_products()]
     sums = [(name, "addition", "written as a function") for name in job.flow.functional_additions()]
-    in_float = unquantized(model, recipe, job.settings.config["fold_batchnorm"])
+    in_float = unquantized(model, recipe, job.settings.config["fold_batchnorm"], job.flow.uncalled())
     sums += [(name, "Add", "feeds a normalisation, which works in float") for name in job.flow.normalized_additions()]
     job.quantized, job.in_float = model, in_float + products + sums
     job.metrics |= footprint(model).metrics() | smoothing.metrics(model.smoothed) | model.biases

@@ -184,6 +184,12 @@ class Net(nn.Module):
         return self.head(self.relu(self.odd(self.conv(x))).mean((2, 3)))
 
 
+class Idle(Net):
+    def __init__(self, num_classes, in_channels):
+        super().__init__(num_classes, in_channels)
+        self.pooler = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+
+
 class Odd(Net):
     def __init__(self, num_classes, in_channels, way):
         super().__init__(num_classes, in_channels)
@@ -277,6 +283,15 @@ def test_a_dead_channel_runs_in_the_engine(mine):
     metrics = mine("+model.dead=true", "engine=onnxruntime").metrics
     assert metrics["acc/engine"] == metrics["acc/sim"]
     assert metrics["parity/max_step"] <= 1
+
+
+@pytest.mark.parametrize("method", [[], ["method=dynamic"]], ids=["ptq", "dynamic"])
+def test_a_layer_that_is_never_called_stays_in_float_and_is_listed(mine, method):
+    job = mine("model._target_=mine.Idle", "quantizer.exclude=[conv]", "engine=onnxruntime", *method)
+    assert job.metrics["int8/mac_coverage"] == pytest.approx(12 / (12 + 36 * 16))
+    with (job.folder / "unquantized.csv").open() as file:
+        rows = {row["layer"]: row["reason"] for row in csv.DictReader(file)}
+    assert rows["pooler.0"] == "is never called" and "pooler.1" not in rows
 
 
 REFUSED = {
@@ -411,6 +426,8 @@ def test_an_engine_that_computes_something_else_wins_only_where_all_do():
     assert _winner(figures, "latency/int8_ms") == "slow"
     figures["slow"]["parity/output_sqnr_db"] = 10.0
     assert _winner(figures, "latency/int8_ms") == "fast"
+    figures = {"slow": {"latency/int8_ms": 3.0}, "fast": {"latency/int8_ms": 1.0, "parity/timed_sqnr_db": 3.0}}
+    assert _winner(figures, "latency/int8_ms") == "slow"
 
 
 def test_an_engine_that_was_asked_for_by_name_and_refuses_ends_the_run(outputs, tmp_path, monkeypatch):

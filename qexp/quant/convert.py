@@ -171,7 +171,9 @@ def _require_blocks(site: str, scheme: Scheme, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{site}: {error}") from None
 
 
-def unquantized(model: nn.Module, recipe: Recipe, folded: bool = True) -> list[tuple[str, str, str]]:
+def unquantized(
+    model: nn.Module, recipe: Recipe, folded: bool = True, uncalled: Collection[str] = ()
+) -> list[tuple[str, str, str]]:
     """Every layer with parameters that stays in float, as (name, kind, reason); `folded`: BatchNorm where it can be."""
     rows = []
     for name, module in model.named_modules():
@@ -179,6 +181,8 @@ def unquantized(model: nn.Module, recipe: Recipe, folded: bool = True) -> list[t
             continue
         if recipe.excludes(name):
             reason = "excluded by quantizer.exclude"
+        elif name in uncalled:
+            reason = "is never called"
         elif isinstance(module, nn.modules.batchnorm._BatchNorm):
             cannot = "no convolution or linear layer feeds it alone, so it cannot be folded"
             reason = cannot if folded else "left beside its layer by fold_batchnorm=false"

@@ -145,6 +145,12 @@ class Dataflow:
             and not all(self.layer(reader) in quantized for reader in self._readers(node))
         ]
 
+    def uncalled(self) -> list[str]:
+        """Modules of which nothing is called, such as a pooler that nobody reads: they see no data."""
+        paths = (name.split(".") for name in self.calls)
+        called = {".".join(path[:end]) for path in paths for end in range(1, len(path) + 1)}
+        return [name for name in self.modules if name and name not in called]
+
     def linear_layers(self) -> list[str]:
         """Linear layers, in the order of their calls."""
         return [name for name in self.calls if isinstance(self.modules.get(name), nn.Linear)]
