@@ -12,7 +12,7 @@ from qexp.engines.graph import Graph
 REDUCTIONS = (
     "ReduceL1", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare",
 )  # fmt: skip
-MOVES = ("Flatten", "Gather", "GlobalAveragePool", "Max", "MaxPool", "Reshape", "Slice", "Squeeze")
+MOVES = ("Flatten", "Gather", "GlobalAveragePool", "Max", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose")
 
 
 def fence_reductions(graph: Graph) -> None:
@@ -41,6 +41,18 @@ def fence_perceptrons(graph: Graph) -> None:
         if writer is None or graph.ranks.get(quantize.input[0]) != 2 or writer.op_type in MOVES:
             continue
         if not (writer.op_type == "Gemm" and len(writer.input) == 3):
+            _fence_input(graph, quantize)
+
+
+def fence_concatenations(graph: Graph) -> None:
+    """Keep quantizers behind a concatenation, such as that of a class token with those of an image.
+
+    OpenVINO 2026.4 moves them to its inputs and their scales, then one for each token, behind it, and refuses the layer
+    that follows.
+    """
+    for quantize in graph.nodes("QuantizeLinear"):
+        writer = graph.writer(quantize.input[0])
+        if writer is not None and writer.op_type == "Concat" and graph.ranks.get(quantize.input[0]) == 3:
             _fence_input(graph, quantize)
 
 

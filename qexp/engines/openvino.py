@@ -12,7 +12,7 @@ from torch import nn
 
 from qexp.engines.base import EngineRefused, beside_weights, symmetric
 from qexp.engines.dynamic import GROUP
-from qexp.engines.fence import fence_perceptrons, fence_reductions
+from qexp.engines.fence import fence_concatenations, fence_perceptrons, fence_reductions
 from qexp.engines.graph import Graph
 from qexp.quant.dataflow import Dataflow
 from qexp.quant.granularity import PerGroup
@@ -92,6 +92,7 @@ class OpenVino:
     def rewrite(self, graph: Graph) -> None:
         fence_reductions(graph)
         fence_perceptrons(graph)
+        fence_concatenations(graph)
 
     def session(
         self, model: onnx.ModelProto, shape: tuple[int, ...], threads: int, traced: bool = False

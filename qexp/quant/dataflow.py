@@ -71,6 +71,8 @@ def trace(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
             return torch.export.export(model, (example,), dynamic_shapes=(batch,), strict=False)
     except Exception as error:  # torch.export raises whatever the model's own code does under tracing
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if "Constraints violated (batch)" in reason:
+            reason = "its code fixes the number of samples, as len(x) and int(x.shape[0]) do: write x.shape[0]"
         raise NotExportable(f"{type(model).__name__} cannot be exported: {reason.strip()}") from error
     finally:
         logging.disable(disabled)

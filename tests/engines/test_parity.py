@@ -278,6 +278,24 @@ def test_the_mean_of_features_in_a_norm_is_left_to_the_engine(made):
     assert len(means) == 2 and readers.count(["Max"]) == 1
 
 
+def test_a_class_token_beside_those_of_an_image_is_no_reason_to_refuse(made, engine):
+    class WithToken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch, self.mix, self.head = nn.Conv2d(3, 16, 2, 2), nn.Linear(16, 16), nn.Linear(16, 5)
+            self.token = nn.Parameter(torch.randn(1, 1, 16))
+
+        def forward(self, x):
+            tokens = self.patch(x).flatten(2).transpose(1, 2)
+            tokens = torch.cat([self.token.expand(x.shape[0], -1, -1), tokens], 1)
+            return self.head(torch.relu(self.mix(tokens))[:, 0])
+
+    done = made.deployed(made.quantized(*made.settled(WithToken, (3, 8, 8))), engine)
+    assert done.runs_int8("mix") and done.runs_int8("head")
+    assert done.certificate.metrics()["parity/identical"] >= 0.999
+    assert done.certificate.metrics()["parity/output_sqnr_db"] > 50
+
+
 class Perceptron(nn.Module):
     """Three linear layers on vectors with something between the first two."""
 

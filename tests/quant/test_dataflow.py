@@ -271,6 +271,16 @@ def test_models_with_add_modules_are_returned_as_they_are():
     assert additions_to_modules(model, Dataflow(model, torch.rand(2, 1, 16, 16))) == (model, None)
 
 
+@pytest.mark.parametrize("count", [len, lambda x: int(x.shape[0]), lambda x: 2])
+def test_a_model_that_fixes_the_number_of_samples_is_told_what_to_write(count):
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return x.reshape(count(x), -1) * torch.ones(count(x), 1)
+
+    with pytest.raises(NotExportable, match=r"^Fixed cannot be exported: .* write x.shape\[0\]$"):
+        Dataflow(Fixed(), torch.rand(2, 3, 4))
+
+
 def test_a_model_that_depends_on_its_data_is_refused_in_one_sentence():
     class Dependent(nn.Module):
         def forward(self, x):
