@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,8 +34,7 @@ from qexp.settings import Settings
 from qexp.store import TensorCache, group_id, replacing, run_id, writable
 from qexp.tracking import RunInfo
 from qexp.tracking.histograms import histograms
-
-AGREES_DB = 20  # from where on logits of an engine count as those of the simulation
+from qexp.tracking.metrics import DIFFERS_DB, timed_differs
 
 
 @dataclass
@@ -398,7 +396,8 @@ def _winner(by_engine: dict[str, dict[str, Any]], timed: str) -> str | None:
     """The fastest engine; one that computes something else than the simulation wins only where all do."""
 
     def differs(figures: dict[str, Any]) -> bool:
-        return any(figures.get(f"parity/{key}_sqnr_db", math.inf) < AGREES_DB for key in ("output", "timed"))
+        output_db, timed_db = (figures.get(f"parity/{key}_sqnr_db") for key in ("output", "timed"))
+        return output_db is not None and output_db < DIFFERS_DB or timed_differs(timed_db, output_db)
 
     return min(by_engine, key=lambda name: (differs(by_engine[name]), by_engine[name][timed]), default=None)
 

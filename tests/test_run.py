@@ -426,8 +426,12 @@ def test_an_engine_that_computes_something_else_wins_only_where_all_do():
     assert _winner(figures, "latency/int8_ms") == "slow"
     figures["slow"]["parity/output_sqnr_db"] = 10.0
     assert _winner(figures, "latency/int8_ms") == "fast"
-    figures = {"slow": {"latency/int8_ms": 3.0}, "fast": {"latency/int8_ms": 1.0, "parity/timed_sqnr_db": 3.0}}
-    assert _winner(figures, "latency/int8_ms") == "slow"
+    figures = {"slow": {"latency/int8_ms": 3.0}, "fast": {"latency/int8_ms": 1.0, "parity/output_sqnr_db": 70.0}}
+    for timed_db, winner in ((18.0, "slow"), (30.0, "fast")):
+        figures["fast"]["parity/timed_sqnr_db"] = timed_db
+        assert _winner(figures, "latency/int8_ms") == winner
+    figures["fast"] |= {"parity/output_sqnr_db": 27.0, "parity/timed_sqnr_db": 18.0}  # as much as samples differ
+    assert _winner(figures, "latency/int8_ms") == "fast"
 
 
 def test_an_engine_that_was_asked_for_by_name_and_refuses_ends_the_run(outputs, tmp_path, monkeypatch):

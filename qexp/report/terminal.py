@@ -21,6 +21,7 @@ from rich.table import Table
 
 from qexp.settings import Settings
 from qexp.store import read_metrics
+from qexp.tracking.metrics import DIFFERS_DB, timed_differs
 
 WIDE = 200  # columns in a file or a pipe, where nothing is narrow
 
@@ -43,7 +44,6 @@ if not output.is_terminal:
 
 LOG_EVERY_S = 20
 BEWARE = 0.01  # share of decisions in which engine and simulation may differ without a word
-DIFFERS_DB = 20  # below it, and so much below that of the other batches, logits are not those of the simulation
 FEW = 4  # names of layers on one line
 LAYERS_AGREE = 0.999  # share of codes that are the same when each layer is given what the engine gave it
 
@@ -259,7 +259,7 @@ def report(folder: Path, settings: Settings, look: str = "") -> None:
         if echo_db is not None and echo_db < DIFFERS_DB and (output_db is None or echo_db < output_db):
             text = f"beware: the graph in which {name} shows its codes computes something else than the timed one"
             output.print(f"{text} (SQNR {echo_db:.1f} dB), so that its codes say little", markup=False)
-        if timed_db is not None and timed_db < DIFFERS_DB and (output_db is None or timed_db < output_db - DIFFERS_DB):
+        if timed_differs(timed_db, output_db):
             batch = settings.config["engine"]["batch_size"]
             text = f"beware: {name} at engine.batch_size={batch} computes something else than the simulation"
             output.print(f"{text} (SQNR {timed_db:.1f} dB), so that its latency says nothing", markup=False)
