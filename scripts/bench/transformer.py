@@ -75,7 +75,7 @@ class Subject:
         head = next(node for node in graph.graph.node if node.name in ("head.input", "head"))
         makers = {output: node for node in graph.graph.node for output in node.output}
         read = head.input[0]
-        if read in makers and makers[read].name.startswith("head/Mul"):  # SmoothQuant's factor
+        while read in makers and makers[read].name in ("head.input/before", "head/Mul"):  # SmoothQuant's factor
             read = makers[read].input[0]
         graph.graph.node.append(onnx.helper.make_node("Identity", [read], [EMBEDDING]))
         graph.graph.output.append(onnx.helper.make_tensor_value_info(EMBEDDING, onnx.TensorProto.FLOAT, None))
