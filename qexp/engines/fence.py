@@ -12,7 +12,7 @@ from qexp.engines.graph import Graph
 REDUCTIONS = (
     "ReduceL1", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare",
 )  # fmt: skip
-MOVES = ("Flatten", "Gather", "GlobalAveragePool", "Max", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose")
+MOVES = ("Flatten", "Gather", "Max", "Reshape", "Slice", "Squeeze", "Transpose")  # no arithmetic, no part of such a kernel
 
 
 def fence_reductions(graph: Graph) -> None:
